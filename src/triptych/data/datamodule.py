@@ -1,0 +1,104 @@
+"""The data module: rows to batches, with the counts of each accumulation window."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from triptych.data.rows import RowPlan, Rows, RowSampler
+from triptych.distributed import rank, total, world
+from triptych.objectives.base import Objective
+from triptych.types import Batch, Sample, TriptychError
+
+
+class DataModule(pl.LightningDataModule):
+    """Training rows of one reader.
+
+    batch_size: rows (images with their questions) of a micro-batch. samples_per_row: most samples
+    that share a row. workers: processes that prepare batches; null follows the cores.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[Sample],
+        processor: Any,
+        objective: Objective,
+        batch_size: int = 16,
+        samples_per_row: int = 16,
+        draw: int | None = None,
+        max_length: int = 2048,
+        workers: int | None = 0,
+        seed: int = 0,
+        accumulate: int = 1,
+    ) -> None:
+        super().__init__()
+        if not len(train):
+            raise TriptychError("the training set is empty; check data.path and the split.")
+        self.reader, self.processor, self.objective = train, processor, objective
+        processor.max_length = max_length
+        self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
+        self.workers = max(0, (os.cpu_count() or 1) - 1) if workers is None else workers
+        self.plan = RowPlan(train, samples_per_row, draw, seed)
+        self.sampler: RowSampler | None = None
+        self._resume = (0, 0)
+
+    def train_dataloader(self) -> Windows:
+        self.sampler = RowSampler(self.plan, self.batch_size, rank(), world())
+        self.sampler.epoch, self.sampler.skip = self._resume
+        loader = DataLoader(
+            Rows(self.reader),
+            batch_sampler=self.sampler,
+            collate_fn=self.processor.rows,
+            num_workers=self.workers,
+            persistent_workers=False,
+            pin_memory=False,
+        )
+        return Windows(loader, self.objective, self.accumulate)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the data stands: the epoch, and its batches already used."""
+        loop = self.trainer.fit_loop
+        used = loop.epoch_loop.batch_progress.current.ready
+        return {"epoch": self.trainer.current_epoch, "batch": used}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue an interrupted epoch behind the batches it has already used."""
+        self._resume = (state["epoch"], state["batch"])
+
+
+class Windows:
+    """A loader that reads one accumulation window ahead and tells each batch the window's counts.
+
+    Every term of the loss is divided by its count over the window and all ranks, so that two
+    micro-batches of four weigh each sample as one batch of eight does.
+    """
+
+    def __init__(self, loader: DataLoader, objective: Objective, accumulate: int) -> None:
+        self.loader, self.objective, self.accumulate = loader, objective, accumulate
+        self.batch_sampler = loader.batch_sampler  # Lightning finds set_epoch through it
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        window: list[Batch] = []
+        for batch in self.loader:
+            window.append(batch)
+            if len(window) == self.accumulate:
+                yield from self._stamp(window)
+                window = []
+        yield from self._stamp(window)
+
+    def _stamp(self, window: list[Batch]) -> Iterator[Batch]:
+        sums: dict[str, int] = {}
+        for batch in window:
+            for name, count in self.objective.counts(batch).items():
+                sums[name] = sums.get(name, 0) + count
+        sums = total(sums) if window else sums
+        for batch in window:
+            batch.totals = sums
+            yield batch

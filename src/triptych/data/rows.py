@@ -1,0 +1,86 @@
+"""Which samples share a row, and in which order the rows of an epoch are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from triptych.types import Sample
+
+Row = tuple[int, ...]
+
+
+class Rows(Dataset):
+    """A reader addressed by rows: `rows[(3, 4, 5)]` is a list of three samples."""
+
+    def __init__(self, reader: Sequence[Sample]) -> None:
+        self.reader = reader
+
+    def __getitem__(self, row: Row) -> list[Sample]:
+        return [self.reader[i] for i in row]
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+
+class RowPlan:
+    """Samples of one image stand together, at most `samples_per_row` of them.
+
+    draw: samples taken of each image an epoch, chosen anew each time (null = all). Contrastive
+    training draws one caption of an image, so that no batch holds two that are both right.
+    """
+
+    def __init__(
+        self, reader: Sequence[Sample], samples_per_row: int, draw: int | None, seed: int
+    ) -> None:
+        groups: dict[str, list[int]] = {}
+        clusters = getattr(reader, "clusters", None)
+        for i in range(len(reader)):
+            cluster = clusters[i] if clusters is not None else reader[i].cluster
+            groups.setdefault(cluster or f"#{i}", []).append(i)
+        self.groups = list(groups.values())
+        self.samples_per_row, self.draw, self.seed = samples_per_row, draw, seed
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        sizes = [min(len(g), self.draw or len(g)) for g in self.groups]
+        return sum(-(-size // self.samples_per_row) for size in sizes)
+
+    def rows(self, epoch: int) -> list[Row]:
+        """The rows of an epoch in reading order: a function of the seed and the epoch alone."""
+        random = np.random.default_rng([self.seed, epoch])
+        rows: list[Row] = []
+        for group in self.groups:
+            drawn = group
+            if self.draw is not None and self.draw < len(group):
+                drawn = [group[i] for i in random.permutation(len(group))[: self.draw]]
+            step = self.samples_per_row
+            rows += [tuple(drawn[i : i + step]) for i in range(0, len(drawn), step)]
+        return [rows[i] for i in random.permutation(len(rows))]
+
+
+class RowSampler(Sampler):
+    """Batches of rows for one rank. `skip` batches of the first epoch were read before a resume."""
+
+    def __init__(self, plan: RowPlan, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.plan, self.batch_size, self.rank, self.world = plan, batch_size, rank, world
+        self.epoch = self.skip = 0
+        self.sampler = self  # Lightning calls set_epoch on `batch_sampler.sampler`
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.skip = epoch, 0
+
+    def __len__(self) -> int:
+        step = self.batch_size * self.world
+        full, rest = divmod(len(self.plan), step)
+        # ranks take the same number of batches; alone, the last one may be smaller
+        return max(1, full + (1 if rest and self.world == 1 else 0))
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        rows = self.plan.rows(self.epoch)
+        for i in range(self.skip, len(self)):
+            start = i * self.batch_size * self.world + self.rank * self.batch_size
+            yield rows[start : start + self.batch_size]

@@ -1,0 +1,221 @@
+"""The predictor of the models built here: a generative model with its processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triptych.evaluation.planning import plan
+from triptych.evaluation.predictor import Score
+from triptych.parts.attention import predecessors
+from triptych.types import (
+    IGNORE,
+    Batch,
+    DataError,
+    ImageFeatures,
+    Images,
+    Sample,
+    Tokens,
+    assistant,
+)
+
+HEAD_ROWS = 1024  # positions whose logits over the vocabulary exist at a time
+
+
+class ModelPredictor:
+    """Answers and likelihoods of a model that writes, in left-padded batches.
+
+    model: features, forward, generate and `language.logits` as the VLM has them. processor:
+    prompts, rows and decode as the ChatProcessor has them. An image is encoded once a call,
+    however many rows ask about it; `vision_calls` counts the images really encoded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.device = torch.device(device or next(model.parameters()).device)
+        self.vision_calls = 0
+        self.generated_tokens = 0
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What the model's own methods make possible."""
+        language = getattr(self.model, "language", None)
+        offers = {
+            "generate": hasattr(self.model, "generate"),
+            "loglikelihood": hasattr(language, "logits"),
+        }
+        return frozenset(name for name, there in offers.items() if there)
+
+    def generate(self, samples: Sequence[Sample], **decoding: Any) -> list[str]:
+        """The text after each sample's prompt; greedy unless `decoding` says otherwise."""
+        texts = [""] * len(samples)
+        tokenizer = self.processor.tokenizer
+        ends = {tokenizer.pad_token_id, tokenizer.eos_token_id} - {None}
+        silent = torch.tensor(sorted(ends))
+
+        def collate(rows: Sequence[int]) -> Batch:
+            batch = self.processor.prompts([samples[row] for row in rows])
+            cut = self._reached(batch.text["language"].mask.sum(1))  # (B,)
+            for row, long in zip(rows, cut.tolist(), strict=True):
+                if long:
+                    raise DataError(self._too_long(f"the prompt of sample '{samples[row].id}'"))
+            return batch
+
+        with _evaluating(self.model):
+            for rows, batch in self._batches(samples, collate):
+                ids = self.model.generate(batch, **decoding).cpu()  # (B,new)
+                self.generated_tokens += int((~torch.isin(ids, silent)).sum())
+                for row, text in zip(rows, self.processor.decode(ids), strict=True):
+                    texts[row] = text
+        return texts
+
+    def loglikelihood(
+        self, samples: Sequence[Sample], candidates: Sequence[Sequence[str]]
+    ) -> list[list[Score]]:
+        """Score of each candidate as the last assistant turn, its stop token included.
+
+        The candidates of a sample stand in one row, behind the image they share.
+        """
+        scores: list[list[Score]] = [[] for _ in samples]
+
+        def collate(rows: Sequence[int]) -> Batch:
+            answered = [_answered(samples[row], candidates[row]) for row in rows]
+            names = f"'{samples[rows[0]].id}' to '{samples[rows[-1]].id}'"
+            try:
+                batch = self.processor.rows(answered)
+            except DataError as error:
+                raise DataError(f"candidates of samples {names}: {error}") from None
+            # a position counts from the start of its own sample, packed or not
+            if self._reached(batch.text["language"].positions.max() + 1):
+                raise DataError(self._too_long(f"one of the candidates of samples {names}"))
+            return batch
+
+        with _evaluating(self.model):
+            for rows, batch in self._batches(samples, collate):
+                sums, counts = self._answer_sums(batch)
+                at = 0
+                for row in rows:
+                    for candidate in candidates[row]:
+                        length = len(candidate.encode("utf-8"))
+                        scores[row].append(Score(sums[at], counts[at], length))
+                        at += 1
+                if at != len(sums):
+                    raise RuntimeError(f"{at} candidates, but {len(sums)} segments in the batch")
+        return scores
+
+    def _reached(self, lengths: Tensor) -> Tensor:
+        """Where a sample is as long as the processor's limit, behind which it cuts in silence."""
+        return lengths >= getattr(self.processor, "max_length", float("inf"))
+
+    def _too_long(self, what: str) -> str:
+        limit = self.processor.max_length
+        return f"{what} reaches data.max_length={limit} tokens and may be cut; raise it."
+
+    def _batches(
+        self, samples: Sequence[Sample], collate: Callable[[list[int]], Batch]
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Rows of `samples` with their batch, images encoded, at most `batch_size` at a time."""
+        kept: dict[str, ImageFeatures] = {}  # lives for one call: weights may change after it
+        for group in plan(samples, self.batch_size):
+            for start in range(0, len(group), self.batch_size):
+                rows = group[start : start + self.batch_size]
+                batch = collate(rows).to(self.device)
+                yield rows, self._encode(batch, kept)
+
+    def _encode(self, batch: Batch, kept: dict[str, ImageFeatures]) -> Batch:
+        """The batch with its images' features; those of the batch before are used again."""
+        images = batch.images
+        if images is None or images.features is not None:
+            return batch
+        if images.extra or images.pixels is None or not hasattr(self.model, "features"):
+            self.vision_calls += len(images)
+            return batch
+        new = [i for i, key in enumerate(images.keys) if key not in kept]
+        if new:
+            missing = Images([images.keys[i] for i in new], images.pixels[new])
+            features = self.model.features(replace(batch, images=missing))
+            kept |= dict(zip(missing.keys, _split(features), strict=True))
+            self.vision_calls += len(new)
+        for key in set(kept) - set(images.keys):
+            del kept[key]
+        features = _merge([kept[key] for key in images.keys])
+        return replace(batch, images=Images(images.keys, features=features))
+
+    def _answer_sums(self, batch: Batch) -> tuple[list[float], list[int]]:
+        """Log-likelihood and tokens of the last answer of every segment, in reading order."""
+        tokens = batch.text["language"]
+        hidden = self.model(batch)  # (B,T,D)
+        row, column, segment = _last_answers(tokens)  # (N,) each
+        before = predecessors(tokens)[row, column]
+        labels = tokens.labels[row, column]
+        chances = torch.cat(
+            [
+                self.model.language.logits(h).float().log_softmax(-1).gather(-1, w[:, None])[:, 0]
+                for h, w in zip(
+                    hidden[row, before].split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True
+                )
+            ]
+        )
+        total = int(segment.max()) + 1
+        sums = torch.zeros(total, dtype=torch.float64, device=chances.device)
+        sums.index_add_(0, segment, chances.double())
+        return sums.tolist(), torch.bincount(segment, minlength=total).tolist()
+
+
+def _answered(sample: Sample, candidates: Sequence[str]) -> list[Sample]:
+    """The sample once for each candidate; nameless, so that no processor remembers them."""
+    return [replace(sample, id="", messages=[*sample.prompt, assistant(c)]) for c in candidates]
+
+
+def _last_answers(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and number of segment of the supervised tokens of each segment's last answer.
+
+    Segments are numbered over the batch in reading order. Between two answers of a dialogue
+    stands at least one unsupervised token, so the last answer is the last run of labels.
+    """
+    row, column = (tokens.labels != IGNORE).nonzero(as_tuple=True)  # (N,) in reading order
+    segment = tokens.segments[row, column]
+    changed = (row.diff() != 0) | (segment.diff() != 0)
+    number = torch.cat([changed.new_zeros(1), changed]).cumsum(0)  # of the segment, over the batch
+    gap = changed | (column.diff() != 1)
+    run = torch.cat([gap.new_zeros(1), gap]).cumsum(0)
+    last = torch.zeros_like(run).scatter_reduce_(0, number, run, "amax")  # by segment
+    keep = run == last[number]
+    return row[keep], column[keep], number[keep]
+
+
+def _split(features: ImageFeatures) -> list[ImageFeatures]:
+    tokens = features.tokens.split(features.counts.tolist())
+    pooled = [None] * len(tokens) if features.pooled is None else features.pooled.split(1)
+    counts = features.counts.split(1)
+    return [ImageFeatures(*one) for one in zip(tokens, counts, pooled, strict=True)]
+
+
+def _merge(features: Sequence[ImageFeatures]) -> ImageFeatures:
+    tokens, counts, pooled = zip(*features, strict=True)
+    joined = None if pooled[0] is None else torch.cat(pooled)
+    return ImageFeatures(torch.cat(tokens), torch.cat(counts), joined)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inference in eval mode; afterwards every module is exactly as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

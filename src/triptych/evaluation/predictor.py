@@ -1,0 +1,39 @@
+"""What the evaluator sees of a model, be it trained here, hosted in a library, or remote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from triptych.types import Sample
+
+
+class Score(NamedTuple):
+    """Log-likelihood of one candidate, kept so that every normalisation can be recomputed."""
+
+    sum: float  # natural logarithm, over all its tokens with the stop token
+    tokens: int
+    bytes: int  # of its text in UTF-8
+
+
+class Predictor(Protocol):
+    """A model with the methods that `capabilities` names; the others need not exist.
+
+    `batch_size` rows run together; no answer depends on it. `vision_calls` (images the encoder
+    really encoded) and `generated_tokens` only ever grow: the evaluator takes differences.
+    """
+
+    capabilities: frozenset[str]  # of generate, loglikelihood, ...
+    batch_size: int
+    vision_calls: int
+    generated_tokens: int
+
+    def generate(self, samples: Sequence[Sample], **decoding) -> list[str]:
+        """An answer to each sample's prompt; greedy unless `decoding` says otherwise."""
+        ...
+
+    def loglikelihood(
+        self, samples: Sequence[Sample], candidates: Sequence[Sequence[str]]
+    ) -> list[list[Score]]:
+        """For each sample the Score of each of its candidates as the next assistant turn."""
+        ...

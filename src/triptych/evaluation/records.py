@@ -1,0 +1,76 @@
+"""What an evaluation leaves: results, times, and a row a question, each written in one move."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Results = dict[str, dict[str, dict[str, Any]]]  # {"metrics": {"easy_vqa/accuracy": {"value": ...}}}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON whose bytes depend on the content alone; readers never see half a file."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def merge_results(path: Path, results: Results) -> Results:
+    """Add `results` to the file at `path`, newer numbers replacing older ones of the same key."""
+    merged: Results = {"metrics": {}}
+    if path.exists():
+        merged = json.loads(path.read_text(encoding="utf-8"))
+    merged["metrics"] = {**merged["metrics"], **results["metrics"]}
+    write_json(path, merged)
+    return merged
+
+
+def write_samples(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """samples.parquet: the records as rows; a column is there if any record has it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = list(dict.fromkeys(name for record in records for name in record))
+    columns = [pa.array([record.get(name) for record in records]) for name in names]
+    columns = [c.cast(pa.string()) if pa.types.is_null(c.type) else c for c in columns]
+    beside = path.with_name(path.name + ".part")
+    pq.write_table(pa.table(columns, names=names), beside, compression="zstd")
+    os.replace(beside, path)
+
+
+def format_table(results: dict[str, Results]) -> str:
+    """Several results side by side, a row a metric, in percent with the 95 % interval.
+
+    `results` maps a label ("before", "after", a run's name) to a results dict. Baselines are those
+    of the last results that have them.
+    """
+    keys = list(dict.fromkeys(key for r in results.values() for key in r["metrics"]))
+    rows = [["metric", "n", *results, "prior", "blind", "chance"]]
+    for key in keys:
+        entries = [r["metrics"].get(key, {}) for r in results.values()]
+        merged = {k: v for entry in entries for k, v in entry.items() if v is not None}
+        row = [key, f"{merged['n']:,}", *map(_with_interval, entries)]
+        rows.append(row + [_percent(merged.get(name)) for name in ("prior", "blind", "chance")])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def _with_interval(entry: dict[str, Any]) -> str:
+    if entry.get("value") is None:
+        return "-"
+    return f"{_percent(entry['value'])} [{_percent(entry['low'])}, {_percent(entry['high'])}]"

@@ -1,0 +1,26 @@
+"""The contract of an objective."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from triptych.types import Batch, Term
+
+
+class Objective(nn.Module):
+    """Named terms of a loss, each a sum whose count the trainer divides by.
+
+    `counts` needs labels and sources alone, so that the counts of a whole accumulation window
+    and of all ranks are known before its first forward.
+    `in_batch` terms compare the samples of one micro-batch with each other, so splitting the batch
+    changes them: plain accumulation is refused.
+    """
+
+    in_batch = False
+    progress = 0.0  # epochs done, for ramps; set by the trainer before each forward
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        raise NotImplementedError
+
+    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
+        raise NotImplementedError

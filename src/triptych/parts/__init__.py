@@ -1,0 +1,1 @@
+"""The panels and hinges: vision encoders, connectors, language models and their layers."""

@@ -1,0 +1,125 @@
+"""Language models: any causal Hugging Face decoder behind one small interface."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from triptych.parts.attention import additive_mask
+from triptych.parts.pretrained import load_model, read_config, resolve
+from triptych.types import Tokens, TriptychError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class LanguageModel(nn.Module):
+    """A causal decoder: embeddings in, hidden states out; its head is called apart.
+
+    `template` is a chat template (a .jinja file or its text) for tokenizers that bring none.
+    """
+
+    attention = "causal"
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        config: dict | None = None,
+        revision: str | None = None,
+        tokenizer: str | None = None,
+        template: str | None = None,
+        implementation: str = "sdpa",
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__()
+        from transformers import AutoModelForCausalLM
+
+        self.config = read_config(config, weights, "text_config")
+        self.model = load_model(
+            AutoModelForCausalLM, self.config, weights, revision, implementation, dtype
+        )
+        self._tokenizer, self._template, self._revision = tokenizer or weights, template, revision
+        self.unused: tuple[str, ...] = ()
+
+    @property
+    def dim(self) -> int:
+        """D, the width of an input embedding."""
+        return self.model.get_input_embeddings().embedding_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer with its chat template; a pad token is added by name if it lacks one."""
+        return load_tokenizer(self._tokenizer, self._template, self._revision)
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def embed(self, tokens: Tokens) -> Tensor:
+        """(B,T,D); placeholder ids (below 0) embed as token 0 and are overwritten by the fusion."""
+        return self.model.get_input_embeddings()(tokens.ids.clamp_min(0))
+
+    def forward(self, embeds: Tensor, tokens: Tokens, media: Any = None) -> Tensor:
+        """Hidden states (B,T,D) after the final norm; segments never see each other."""
+        return self.model.base_model(
+            inputs_embeds=embeds,
+            attention_mask=additive_mask(tokens, self.attention, embeds.dtype),
+            position_ids=tokens.positions,
+            use_cache=False,
+        ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(...,V) from (...,D): the head with the scale and cap its config states."""
+        logits = self.head(hidden)
+        logits = logits * (getattr(self.config, "logit_scale", None) or 1.0)  # Cohere
+        logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)  # Granite
+        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def generate(self, embeds: Tensor, tokens: Tokens, media: Any = None, **decoding: Any) -> Tensor:
+        """(B,new) token ids after left-padded prompts (B,T,D); greedy unless told otherwise."""
+        settings = {"do_sample": False, "max_new_tokens": 32, **decoding}
+        return self.model.generate(
+            inputs_embeds=embeds,
+            attention_mask=tokens.mask.long(),
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.stop_ids,
+            **settings,
+        )
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: the tokenizer's, and those the checkpoint generates with."""
+        stated = self.model.generation_config.eos_token_id
+        listed = stated if isinstance(stated, list) else [stated]
+        return sorted({i for i in [self.tokenizer.eos_token_id, *listed] if i is not None})
+
+
+def load_tokenizer(
+    source: str | None, template: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """A fast tokenizer that can pad and has a chat template; otherwise a sentence says which."""
+    from transformers import AutoTokenizer
+
+    if source is None:
+        raise TriptychError(
+            "language.tokenizer is not set and there are no language.weights to take it from; "
+            "name a tokenizer folder or hub id."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(
+        resolve(source), revision=revision or "main", trust_remote_code=False
+    )
+    if template is not None:
+        path = Path(resolve(template))
+        tokenizer.chat_template = path.read_text() if path.suffix == ".jinja" else template
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer

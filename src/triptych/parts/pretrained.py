@@ -1,0 +1,85 @@
+"""One road from a configuration and weights to a library model, for every part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from triptych.types import TriptychError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def resolve(path: str) -> str:
+    """Expand `assets/...` to the folder this installation ships; leave hub ids and paths alone."""
+    from triptych.cli import assets_dir
+
+    if path.startswith("assets/") and not Path(path).exists():
+        return str(assets_dir() / path.removeprefix("assets/"))
+    return path
+
+
+def read_config(config: dict | None, weights: str | None, role: str) -> PreTrainedConfig:
+    """The part's library config: written in the YAML, or read from the weights' folder.
+
+    `role` ("vision_config", "text_config") picks one tower of a checkpoint that holds several.
+    """
+    from transformers import AutoConfig
+
+    if config:
+        fields = dict(config)
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    if weights is None:
+        raise TriptychError(
+            "a pretrained part needs `weights` (a folder or hub id) or `config` (a model_type and "
+            "its sizes, for random weights); give one of the two."
+        )
+    try:
+        found = AutoConfig.from_pretrained(resolve(weights), trust_remote_code=False)
+    except OSError as error:
+        raise TriptychError(
+            f"the weights '{weights}' are neither a local folder nor a hub id that can be reached; "
+            "check the path or the connection."
+        ) from error
+    return getattr(found, role, found)
+
+
+def load_model(
+    auto: type,
+    config: PreTrainedConfig,
+    weights: str | None,
+    revision: str | None = None,
+    attention: str = "sdpa",
+    dtype: str = "float32",
+) -> PreTrainedModel:
+    """Build a library model and fill it from safetensors; a missing tensor is an error.
+
+    Without weights, or under `torch.device("meta")`, the model is only built. `auto` is an Auto
+    class or a model class (some towers, such as SigLIP's text model, have no Auto entry).
+    """
+    kwargs: dict[str, Any] = {"attn_implementation": attention, "dtype": getattr(torch, dtype)}
+    if weights is None or torch.get_default_device().type == "meta":
+        build = getattr(auto, "from_config", None) or auto._from_config
+        try:
+            return build(config, **kwargs)
+        except ValueError:  # ResNet and its like have no attention to choose
+            return build(config, dtype=kwargs["dtype"])
+    model, info = auto.from_pretrained(
+        resolve(weights),
+        config=config,
+        revision=revision or "main",
+        output_loading_info=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **kwargs,
+    )
+    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if missing:
+        raise TriptychError(
+            f"the weights '{weights}' lack {len(missing)} tensors of {type(model).__name__} "
+            f"(first: {missing[0]}); name a checkpoint of this architecture."
+        )
+    return model

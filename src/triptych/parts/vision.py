@@ -1,0 +1,116 @@
+"""Vision encoders: any Hugging Face vision model as flat tokens that know their own size."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from triptych.data.transforms import ImageTransform
+from triptych.parts.pretrained import load_model, read_config
+from triptych.types import ImageFeatures, Images, TriptychError
+
+
+class VisionEncoder(nn.Module):
+    """A vision tower: uint8 pictures in, tokens of one hidden layer out.
+
+    layer: index into the hidden states, as in LLaVA (-2 = the second-last; 0 = the embeddings).
+    select: "patch" drops the class and register tokens, "cls_patch" keeps them (LLaVA's names).
+    model_class: a dotted class for towers that have no Auto entry.
+
+    `dim`, `num_tokens` and the image transform come from the model, never from the YAML.
+    """
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        config: dict | None = None,
+        revision: str | None = None,
+        layer: int = -1,
+        select: Literal["patch", "cls_patch"] = "patch",
+        transform: ImageTransform | None = None,
+        model_class: str | None = None,
+        attention: str = "sdpa",
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__()
+        from hydra.utils import get_class
+        from transformers import AutoModel
+
+        if select not in ("patch", "cls_patch"):
+            raise TriptychError(f"vision.select is '{select}'; it takes patch or cls_patch.")
+        auto = get_class(model_class) if model_class else AutoModel
+        self.config = read_config(config, weights, "vision_config")
+        self.model = load_model(auto, self.config, weights, revision, attention, dtype)
+        self.layer, self.select = layer, select
+        self.transform = transform or ImageTransform.of(weights, self.config)
+        self._auto = auto
+        grid, special, self.dim = self._probe(self.transform.size)
+        self.grid, self.special = grid, special if select == "patch" else 0
+        self.unused = self._skip_unreached()
+
+    def forward(self, images: Images) -> ImageFeatures:
+        pixels = self.transform.normalize(images.pixels).to(self.model.dtype)  # (U,3,H,W)
+        out = self.model(pixel_values=pixels, output_hidden_states=True)
+        hidden = _flat(out.hidden_states[self.layer])[:, self.special :]  # (U,P,D)
+        counts = torch.full((len(hidden),), hidden.shape[1], device=hidden.device)
+        pooled = getattr(out, "pooler_output", None) if self.layer == -1 else None
+        if pooled is not None:
+            pooled = pooled.flatten(1)  # ResNet: (U,D,1,1)
+        return ImageFeatures(hidden.flatten(0, 1), counts, pooled)
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """P for a picture of this size, after `select`."""
+        grid, special, _ = self._probe((height, width))
+        return grid + (special if self.select == "cls_patch" else 0)
+
+    @lru_cache(maxsize=8)  # noqa: B019  (a tower lives as long as its run)
+    def _probe(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(grid tokens, class and register tokens, width), from a weightless run on "meta"."""
+        with torch.device("meta"), torch.no_grad():
+            model = load_model(self._auto, self.config, None, attention="sdpa")
+            hidden = model.eval()(
+                pixel_values=torch.empty(1, 3, *size), output_hidden_states=True
+            ).hidden_states[self.layer]
+        tokens, dim = _flat(hidden).shape[1:]
+        patch = getattr(self.config, "patch_size", None)
+        if hidden.dim() == 4 or patch is None or self.config.model_type.startswith("swin"):
+            return tokens, 0, dim
+        patch = patch if isinstance(patch, int) else patch[0]
+        grid = (size[0] // patch) * (size[1] // patch)
+        return grid, tokens - grid, dim
+
+    def _skip_unreached(self) -> tuple[str, ...]:
+        """Turn the blocks above the chosen layer into pass-throughs; name what is never reached.
+
+        The tensors stay for export; they are neither run nor trained.
+        """
+        blocks = _blocks(self.model)
+        depth = getattr(self.config, "num_hidden_layers", None)
+        if blocks is None or len(blocks[1]) != depth:
+            return ()
+        last = self.layer if self.layer >= 0 else depth + 1 + self.layer  # blocks that run
+        if last == depth:
+            return ()
+        for block in blocks[1][last:]:
+            block.forward = _pass_through
+        heads = ("post_layernorm", "layernorm", "head", "pooler")
+        above = tuple(f"model.{blocks[0]}.{i}" for i in range(last, depth))
+        return above + tuple(f"model.{n}" for n in heads if hasattr(self.model, n))
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    """(U,P,D) from tokens, or from the (U,D,h,w) map of a convolutional network."""
+    return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+
+
+def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The stack of blocks with its name: the longest ModuleList of the tower."""
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=lambda item: len(item[1]), default=None)
+
+
+def _pass_through(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return hidden_states
