@@ -135,6 +135,7 @@ def add_lora(model: Model, path: str, table: PartsTable, lora: LoraConfig, quant
         )
     part.is_loaded_in_4bit = quantized and _holds(part, "Linear4bit")
     part.is_loaded_in_8bit = quantized and _holds(part, "Linear8bitLt")
+    part.base_model_prefix = getattr(part, "base_model_prefix", "")  # the library asks for it
     config = copy(lora)
     config.target_modules = set(names)
     inject_adapter_in_model(config, part)

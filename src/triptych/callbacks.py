@@ -128,7 +128,9 @@ class GradNorms(pl.Callback):
         if not _logs_at(trainer, trainer.global_step + 1):
             return
         parts = gradients(module)
-        norms = {f"grad/{part}": get_total_norm(list(grads.values())) for part, grads in parts.items()}
+        norms = {
+            f"grad/{part}": get_total_norm(list(grads.values())) for part, grads in parts.items()
+        }
         if norms:
             norms["grad/all"] = torch.linalg.vector_norm(torch.stack(list(norms.values())))
             module.log_dict(norms)

@@ -58,7 +58,7 @@ class Checkpoints(pl.Callback):
         final = self.folder / f"step-{trainer.global_step:08d}.ckpt"
         side = final.with_suffix(".writing")
         try:
-            trainer.save_checkpoint(side)
+            trainer.save_checkpoint(side, weights_only=False)
             torch.load(side, weights_only=True, map_location="cpu")
             with open(side, "rb") as file:
                 os.fsync(file.fileno())

@@ -28,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from triptych.config_check import check_missing, check_overrides
-from triptych.errors import ConfigError
+from triptych.errors import ConfigError, TriptychError
 from triptych.rundir import check_run_dir, claim_run_dir, rank
 from triptych.targets import check_targets
 
@@ -201,9 +201,7 @@ def explained(error: BaseException | None) -> Exception | None:
     """The error that one sentence explains, looked for below what Hydra wraps around it."""
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
-    types = sys.modules.get("triptych.types")  # heavy to import, and then nothing raised from it
-    known = (ConfigError, types.TriptychError) if types else ConfigError
-    return error if isinstance(error, known) else None
+    return error if isinstance(error, TriptychError) else None
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

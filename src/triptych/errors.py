@@ -1,7 +1,15 @@
-"""Errors that one sentence explains; apart from everything else, so that importing them is free."""
+"""Mistakes of a user, each told in one sentence; importable without torch."""
 
 from __future__ import annotations
 
 
-class ConfigError(Exception):
-    """A configuration that cannot run; the command line shows its sentence and exits with 2."""
+class TriptychError(Exception):
+    """A mistake that one sentence explains; shown without a traceback."""
+
+
+class DataError(TriptychError):
+    """A sample, file or folder that cannot be used; the sentence names it and the fix."""
+
+
+class ConfigError(TriptychError):
+    """A configuration that cannot be composed or asks for what does not exist."""

@@ -31,12 +31,14 @@ from triptych.data.datamodule import DataModule
 from triptych.evaluation.model_predictor import ModelPredictor
 from triptych.evaluation.records import format_table
 from triptych.evaluation.runner import evaluate
+from triptych.hardware import keep_memory
 from triptych.lit import LitVLM
 from triptych.types import TriptychError
 
 
 def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float | None:
     """Build, fit, save and evaluate; returns the first metric, which sweepers need."""
+    keep_memory()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     adapted = build_model(cfg, asked=parts_asked(overrides))
     if cfg.init_from is not None:
@@ -72,6 +74,7 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
 
 def evaluate_only(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float | None:
     """Score a run with its own configuration, or a preset that was never trained here."""
+    keep_memory()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     if (cfg.run is None) == (cfg.model is None):
         raise TriptychError("give run=DIR to score a run, or model=NAME to score a preset.")

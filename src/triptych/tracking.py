@@ -74,8 +74,9 @@ class RunLogger(Logger):
     def rewind(self, step: int) -> None:
         """Continue after `step` optimizer steps: forget what the steps lost since then had written.
 
-        Lightning calls the row of the n-th step n - 1, and a validation after it n. So rows above
-        `step` go at once, and those at `step` when the same metrics are written there again.
+        Lightning counts rows from 0, the row of the n-th step is n - 1; what is logged by hand with
+        `global_step` counts from 1. So rows above `step` go at once, and those at `step` when the
+        same metrics are written there again.
         """
         self._open()
         self._rewrite(lambda at, row: at >= self._earlier or (row["step"] or 0) <= step)

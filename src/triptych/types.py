@@ -20,19 +20,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from triptych.errors import DataError as DataError
+from triptych.errors import TriptychError as TriptychError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 IGNORE = -100  # a label that carries no loss
 PAD, SHARED = 0, -1  # Tokens.segments: padding, and the row's shared prefix; samples count from 1
-
-
-class TriptychError(Exception):
-    """A mistake of the user's that one sentence explains; shown without a traceback."""
-
-
-class DataError(TriptychError):
-    """A sample, file or folder that cannot be used; the sentence names it and the fix."""
 
 
 @dataclass

@@ -38,7 +38,7 @@ class WandbSink(Logger):
         self._reported = False
         self._begun = False
         self._run: Any = None
-        self._environment: dict[str, str | None] = {}
+        self._environment: list[str] = []  # the variables this sink has set
         self._config = config
         self._options = {
             "project": project,
@@ -97,14 +97,16 @@ class WandbSink(Logger):
         run, self._run, self._begun = self._run, None, True
         if run is not None:
             self._guard(lambda: run.finish(exit_code=exit_code))
-        for key, value in self._environment.items():
-            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+        for key in self._environment:
+            os.environ.pop(key, None)
+        self._environment.clear()
 
     def _begin(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         for key in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):  # else copies of tables land in ~
-            self._environment[key] = os.environ.get(key)
-            os.environ.setdefault(key, str(self._folder / "wandb"))
+            if key not in os.environ:
+                os.environ[key] = str(self._folder / "wandb")
+                self._environment.append(key)
         mode, reason = wandb_mode()
         if reason:
             print(f"W&B: {reason}; logging offline to {self._folder / 'wandb'}", flush=True)

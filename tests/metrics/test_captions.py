@@ -71,7 +71,7 @@ def test_cider_by_hand():
     assert corpus == pytest.approx(values[1] / 2)
 
 
-def test_cider_length_penalty_counts_bigrams():
+def test_cider_clips_repeats_and_penalises_length():
     _, values = cider_d({1: "a b b b", 2: "z"}, {1: ["a b"], 2: ["c d"]})
     clipped = (1 + 1) / (math.sqrt(1 + 9) * math.sqrt(2))  # "b" three times, clipped to one
     bigram = 1 / math.sqrt(1 + 4)
@@ -123,6 +123,8 @@ def test_objects_of_a_caption():
         "airplane",
     ]
     assert mentioned_objects("a toilet seat") == ["toilet"]
+    assert mentioned_objects("a toilet with its seat up") == ["toilet"]
+    assert mentioned_objects("a seat") == ["chair"]
     assert mentioned_objects("wine glasses, knives, buses and mice") == [
         "wine glass",
         "knife",

@@ -111,6 +111,8 @@ def test_paired_selection_demands_strict_wins():
     winoground[1] = [[0.9, 0.8], [0.1, 0.2]]  # texts right; image 0 wins both texts
     result = paired_selection(winoground)  # the third is one constant
     assert result == {"text": 2 / 3, "image": 1 / 3, "group": 1 / 3, "n": 3}
+    half_tied = [[[0.5, 0.5], [0.1, 0.9]]]
+    assert paired_selection(half_tied) == {"text": 0.0, "image": 1.0, "group": 0.0, "n": 1}
     assert paired_selection([[1.0, 0.0], [1.0, 1.0]]) == {"accuracy": 0.5, "n": 2}
     with pytest.raises(TriptychError, match=r"\(N,2,2\)"):
         paired_selection([[1.0], [2.0]])

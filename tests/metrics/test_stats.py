@@ -99,6 +99,13 @@ def test_compare_enumerates_few_clusters():
     assert result.difference == 1.0 and result.p == 0.25 and result.clusters == 3
 
 
+def test_compare_samples_many_clusters():
+    wins = [1] * 15 + [0] * 5  # a sign test: 15 of 20 has an exact two-sided p of 0.0414
+    result = paired_compare(wins, [1 - w for w in wins])
+    assert result.difference == 0.5 and result.p == pytest.approx(0.0414, abs=0.008)
+    assert paired_compare([1] * 40, [0] * 40, resamples=99).p == 0.01  # never 0
+
+
 def test_compare_finds_a_real_difference_and_its_sign():
     rng = np.random.default_rng(0)
     images = np.arange(300).repeat(3)

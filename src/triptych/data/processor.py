@@ -90,7 +90,7 @@ class ChatProcessor:
     images: ImageLoader
     placeholders: int
     max_length: int = 2048
-    _cache: dict[str, Encoded] = field(default_factory=dict, repr=False)
+    _cache: dict[tuple[str, str], Encoded] = field(default_factory=dict, repr=False)
 
     def rows(self, rows: Sequence[Sequence[Sample]]) -> Batch:
         """A training batch: each row's samples packed behind their shared image."""
@@ -106,20 +106,23 @@ class ChatProcessor:
         return self.rows([[sample] for sample in samples])
 
     def prompts(self, samples: Sequence[Sample]) -> Batch:
-        """Left-padded rows that end where the assistant is to speak, one a sample."""
+        """Left-padded rows that end where the assistant is to speak, one a sample.
+
+        A row is [padding, leading images, padding, the sample's own words], so that rows over the
+        same images begin alike and the model can read that beginning once.
+        """
         encoded = [self._encode_prompt(sample) for sample in samples]
-        width = max(len(e) for e in encoded)
+        shared = max(len(e.prefix) for e in encoded)
+        width = shared + max(len(e.ids) for e in encoded)
         ids = torch.full((len(encoded), width), self.tokenizer.pad_token_id)
         segments = torch.full_like(ids, PAD)
         for row, e in enumerate(encoded):
-            ids[row, width - len(e) :] = torch.tensor(e.prefix + e.ids)
-            segments[row, width - len(e) :] = 1
+            for segment, end, part in ((SHARED, shared, e.prefix), (1, width, e.ids)):
+                ids[row, end - len(part) : end] = torch.tensor(part, dtype=torch.long)
+                segments[row, end - len(part) : end] = segment
         positions = ((segments != PAD).cumsum(1) - 1).clamp_min(0)
         images, index = self.images(samples)
-        packed = [[pair] for pair in zip(samples, encoded, strict=True)]
-        slots = _slots(packed, index)
-        if slots is not None:
-            slots[:, 2] = 1
+        slots = _slots([[pair] for pair in zip(samples, encoded, strict=True)], index)
         return Batch(images, slots, {"language": Tokens(ids, positions, segments)}, list(samples))
 
     def decode(self, ids: Tensor) -> list[str]:
@@ -128,7 +131,8 @@ class ChatProcessor:
 
     def encode(self, sample: Sample) -> Encoded:
         """Ids and labels of a sample; remembered, since an epoch asks again."""
-        known = self._cache.get(sample.id)
+        key = (sample.id, sample.text)  # ids repeat between sources
+        known = self._cache.get(key)
         if known is not None:
             return known
         try:
@@ -140,8 +144,8 @@ class ChatProcessor:
                 f"sample '{sample.id}' has nothing to predict: no assistant words within its first "
                 f"{self.max_length} tokens; drop it or raise data.max_length."
             )
-        if sample.id and len(self._cache) < 500_000:
-            self._cache[sample.id] = encoded
+        if len(self._cache) < 500_000:
+            self._cache[key] = encoded
         return encoded
 
     def _encode_prompt(self, sample: Sample) -> Encoded:

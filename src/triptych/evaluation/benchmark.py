@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from triptych.evaluation.baselines import Prior, question_of
-from triptych.evaluation.metrics.stats import clustered_bootstrap
+from triptych.evaluation.metrics.stats import clustered_bootstrap, wilson
 from triptych.evaluation.parsers import exact_answer, normalize_answer
 from triptych.evaluation.scorers import Generate, Likelihood, Outcome, Scorer
 from triptych.types import Sample, TriptychError
@@ -52,7 +52,8 @@ class AnswerBenchmark:
     field of `Sample.meta` that splits the accuracy. `parser(text, candidates)` reads a generated
     answer of at most `max_new_tokens`; its name is in the results. `scorers` (default: Generate,
     then Likelihood) are accepted in their order. `blind_subset` is a file of sample ids (a name of
-    `evaluation/subsets` or a path). Intervals are bootstrapped by `Sample.cluster`.
+    `evaluation/subsets` or a path). Intervals are bootstrapped by `Sample.cluster`; where
+    no cluster differs they are Wilson's over the clusters.
     """
 
     def __init__(
@@ -104,7 +105,11 @@ class AnswerBenchmark:
 
 def _accuracy(records: list[Record]) -> dict[str, Any]:
     correct = [record["correct"] for record in records]
-    value, low, high = clustered_bootstrap(correct, [record["cluster_id"] for record in records])
+    clusters = [record["cluster_id"] for record in records]
+    value, low, high = clustered_bootstrap(correct, clusters)
+    if not low < high:  # all images score alike, or there is one: resampling shows no spread
+        images = len(set(clusters))
+        _, low, high = wilson(value * images, images)
     closed = all(record["candidates"] for record in records)
     chance = sum(1 / record["candidates"] for record in records) / len(records) if closed else None
     return {

@@ -73,4 +73,6 @@ def _percent(value: float | None) -> str:
 def _with_interval(entry: dict[str, Any]) -> str:
     if entry.get("value") is None:
         return "-"
+    if entry.get("low") is None:
+        return _percent(entry["value"])
     return f"{_percent(entry['value'])} [{_percent(entry['low'])}, {_percent(entry['high'])}]"

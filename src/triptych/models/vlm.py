@@ -12,7 +12,7 @@ from triptych.data.processor import ChatProcessor, ImageLoader
 from triptych.models.base import Model
 from triptych.parts.language import LanguageModel
 from triptych.parts.vision import VisionEncoder
-from triptych.types import Batch, ImageFeatures, VisualTokens
+from triptych.types import PAD, SHARED, Batch, ImageFeatures, VisualTokens
 
 
 class VLM(Model):
@@ -62,7 +62,7 @@ class VLM(Model):
         embeds, media = self.language.embed(tokens), None
         if batch.slots is not None and len(batch.slots):
             embeds, media = self.fusion(embeds, self.visual(batch), batch)
-        return self.language.generate(embeds, tokens, media=media, **decoding)
+        return self.language.generate(embeds, tokens, media, first_alike(batch), **decoding)
 
     def processor(self) -> ChatProcessor:
         """What turns samples into batches of this model."""
@@ -83,3 +83,17 @@ def spread(visual: VisualTokens, images: Tensor) -> VisualTokens:
     offsets = torch.arange(int(counts.sum()), device=images.device)
     offsets = offsets - (counts.cumsum(0) - counts).repeat_interleave(counts)
     return VisualTokens(visual.tokens[starts[images].repeat_interleave(counts) + offsets], counts)
+
+
+def first_alike(batch: Batch) -> Tensor:
+    """(B,) for each row the first row with the same shared prefix: same ids over the same images."""
+    tokens = batch.text["language"]
+    ids = torch.where(tokens.segments == SHARED, tokens.ids, PAD).tolist()
+    images: list[list[int]] = [[] for _ in ids]
+    for image, row, segment in batch.slots.tolist() if batch.slots is not None else []:
+        if segment == SHARED:
+            images[row].append(image)
+    first: dict[tuple, int] = {}
+    keys = [(tuple(row), tuple(seen)) for row, seen in zip(ids, images, strict=True)]
+    rows = [first.setdefault(key, i) for i, key in enumerate(keys)]
+    return torch.tensor(rows, device=tokens.ids.device)

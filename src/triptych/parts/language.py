@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from triptych.parts.attention import additive_mask
 from triptych.parts.pretrained import load_model, read_config, resolve
-from triptych.types import Tokens, TriptychError
+from triptych.types import SHARED, Tokens, TriptychError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,16 +84,46 @@ class LanguageModel(nn.Module):
         cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def generate(self, embeds: Tensor, tokens: Tokens, media: Any = None, **decoding: Any) -> Tensor:
-        """(B,new) token ids after left-padded prompts (B,T,D); greedy unless told otherwise."""
+    def generate(
+        self,
+        embeds: Tensor,
+        tokens: Tokens,
+        media: Any = None,
+        first: Tensor | None = None,
+        **decoding: Any,
+    ) -> Tensor:
+        """(B,new) token ids after left-padded prompts (B,T,D); greedy unless told otherwise.
+
+        first: (B,) for each row the first row that begins with the same shared prefix. Each such
+        prefix is read once and its keys and values are lent to the rows.
+        """
+        cache = None
+        if first is not None and bool((tokens.segments == SHARED).any()):
+            copies = max(decoding.get("num_beams", 1), decoding.get("num_return_sequences", 1))
+            cache = self._read_prefixes(embeds, tokens, first)
+            cache.batch_repeat_interleave(copies)  # beams of a row stand next to each other
         settings = {"do_sample": False, "max_new_tokens": 32, **decoding}
         return self.model.generate(
             inputs_embeds=embeds,
             attention_mask=tokens.mask.long(),
+            past_key_values=cache,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.stop_ids,
             **settings,
         )
+
+    def _read_prefixes(self, embeds: Tensor, tokens: Tokens, first: Tensor) -> Any:
+        """A cache of B rows over the columns of the shared prefixes, each computed once."""
+        width = int((tokens.segments == SHARED).any(0).nonzero().amax()) + 1
+        rows, lent = first.unique(return_inverse=True)
+        cache = self.model.base_model(
+            inputs_embeds=embeds[rows, :width],
+            attention_mask=tokens.mask[rows, :width].long(),
+            position_ids=tokens.positions[rows, :width],
+            use_cache=True,
+        ).past_key_values
+        cache.batch_select_indices(lent)
+        return cache
 
     @cached_property
     def stop_ids(self) -> list[int]:

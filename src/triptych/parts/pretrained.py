@@ -60,13 +60,13 @@ def load_model(
     Without weights, or under `torch.device("meta")`, the model is only built. `auto` is an Auto
     class or a model class (some towers, such as SigLIP's text model, have no Auto entry).
     """
+    built = auto._model_mapping[type(config)] if hasattr(auto, "_model_mapping") else auto
+    if attention == "sdpa" and not built._supports_sdpa:
+        attention = "eager"  # ResNet has no attention, Gemma 2 caps its scores
     kwargs: dict[str, Any] = {"attn_implementation": attention, "dtype": getattr(torch, dtype)}
     if weights is None or torch.get_default_device().type == "meta":
         build = getattr(auto, "from_config", None) or auto._from_config
-        try:
-            return build(config, **kwargs)
-        except ValueError:  # ResNet and its like have no attention to choose
-            return build(config, dtype=kwargs["dtype"])
+        return build(config, **kwargs)
     model, info = auto.from_pretrained(
         resolve(weights),
         config=config,

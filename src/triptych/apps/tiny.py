@@ -1,0 +1,122 @@
+"""Rebuild assets/tiny: `python -m triptych.apps.tiny tokenizer|vision|language`.
+
+The tokenizer and both models learn from the procedural scenes of `data=shapes` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from triptych.cli import assets_dir
+
+VOCABULARY = 768
+SPECIAL = ["<pad>", "<bos>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<|assistant|>"
+    "{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
+    "{% else %}<|{{ message['role'] }}|>{{ message['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def main() -> None:
+    """Rebuild one of the assets."""
+    builders = {"tokenizer": tokenizer, "vision": vision, "language": language}
+    if len(sys.argv) < 2 or sys.argv[1] not in builders:
+        raise SystemExit(f"usage: python -m triptych.apps.tiny {'|'.join(builders)} [overrides]")
+    builders[sys.argv[1]](sys.argv[2:])
+
+
+def tokenizer(overrides: list[str]) -> None:
+    """A byte-level BPE of 768 tokens with roles and a chat template that marks generation."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=SPECIAL,
+        min_frequency=2,
+    )
+    core.train_from_iterator(_texts(), trainer)
+    # captions end with the stop token, which CLIP's text tower pools
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <|end|>",
+        special_tokens=[(t, core.token_to_id(t)) for t in ("<bos>", "<|end|>")],
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<|end|>"
+    )
+    made.chat_template = TEMPLATE
+    made.save_pretrained(assets_dir() / "tiny" / "language")
+
+
+def vision(overrides: list[str]) -> None:
+    """Train and keep the vision tower of `experiment=tiny/vision`."""
+    run = _train("vision", overrides)
+    _keep(run, "vision")
+
+
+def language(overrides: list[str]) -> None:
+    """Train and keep the decoder of `experiment=tiny/language`."""
+    run = _train("language", overrides)
+    _keep(run, "language")
+
+
+def _texts() -> Iterator[str]:
+    from triptych.data.shapes import Shapes
+
+    for kind, per_image in (("language", 6), ("captions", 3)):
+        reader = Shapes(kind=kind, size=6000, per_image=per_image)
+        for i in range(len(reader)):
+            yield from (
+                part["text"]
+                for message in reader[i].messages
+                for part in message["content"]
+                if part["type"] == "text"
+            )
+
+
+def _train(name: str, overrides: list[str]) -> Path:
+    run = Path("runs") / f"tiny-{name}"
+    script = assets_dir().parent / "train.py"
+    command = [sys.executable, str(script), f"experiment=tiny/{name}", f"hydra.run.dir={run}"]
+    subprocess.run([*command, "ckpt=last", *overrides], check=True)
+    return run
+
+
+def _keep(run: Path, role: str) -> None:
+    """Write the part in half precision, as the library's own folder layout."""
+    import torch
+
+    from triptych.bundle import load
+
+    part = getattr(load(run).model, role).model
+    folder = assets_dir() / "tiny" / role
+    part.to(torch.float16).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = "float32"  # stored in half precision, used in single
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if role == "vision":
+        size = config["image_size"]
+        preprocessor = {
+            "do_resize": True,
+            "do_center_crop": False,
+            "size": {"height": size, "width": size},
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "resample": 3,
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
