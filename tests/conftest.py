@@ -71,8 +71,8 @@ def tiny(tmp_path_factory, tokenizer) -> Path:
     CLIPVisionModel(vision).save_pretrained(folder / "vision")
     language = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=96,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

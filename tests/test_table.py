@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from triptych.adapt import Quantization, adapt, add_lora, fingerprint, numel, table_text
+from triptych.adapt import Quantization, adapt, add_lora, fingerprint, numel, quantize, table_text
 from triptych.build import build_model, parts_asked
 from triptych.bundle import compose_preset
 from triptych.cli import conf_dir
@@ -109,7 +109,7 @@ def test_names_choose_the_layers_and_unknown_names_are_refused(vlm):
 @pytest.mark.parametrize("method,bound", [("nf4", 0.15), ("fp4", 0.2), ("int8", 0.02)])
 def test_quantized_bases_stay_close_and_train_adapters_only(vlm, dialogue, method, bound):
     linear = vlm.language.model.model.layers[0].self_attn.q_proj
-    states = torch.randn(5, 48)
+    states = torch.randn(5, 64)
     with torch.no_grad():
         before = linear(states)
     adapt(vlm, table(vlm, {"language": "lora"}), lora(), Quantization(method))
@@ -122,10 +122,16 @@ def test_quantized_bases_stay_close_and_train_adapters_only(vlm, dialogue, metho
         after = wrapped(states)
     assert 0 < (after - before).norm() / before.norm() < bound
     weight = wrapped.base_layer.weight
-    assert numel(weight) == 48 * 48
+    assert numel(weight) == 64 * 64
     vlm.train()
     vlm(vlm.processor().collate([dialogue(("what color?", "red"))])).sum().backward()
     assert vlm.connector.layers[0].weight.grad is not None and weight.grad is None
+
+
+def test_widths_that_the_cpu_kernel_misreads_keep_their_precision():
+    part = torch.nn.Sequential(torch.nn.Linear(96, 64), torch.nn.Linear(64, 96))
+    quantize(part, Quantization("nf4"), skip=set())
+    assert [type(m).__name__ for m in part] == ["Linear", "Linear4bit"]
 
 
 def test_quantized_weights_are_the_same_after_evaluation(vlm, dialogue):

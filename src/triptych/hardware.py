@@ -17,3 +17,22 @@ def keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' tips and loading bars off the run's own table and progress bar."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    names = ("pytorch_lightning", "bitsandbytes", "pytorch_lightning.utilities.rank_zero")
+    for name in (*names, "pytorch_lightning.trainer.connectors"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # said on purpose by this project: frozen parts are in eval, the module moves the batch
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start")
+    warnings.filterwarnings("ignore", message=r".*transfer_batch_to_device.*")
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +30,20 @@ from triptych.callbacks import FiniteGuard, GradNorms, Progress, Throughput
 from triptych.checkpoint import Checkpoints, latest
 from triptych.data.cache import FeatureCache, cache_dir
 from triptych.data.datamodule import DataModule
+from triptych.evaluation.during import EvaluateSlice
 from triptych.evaluation.model_predictor import ModelPredictor
-from triptych.evaluation.records import format_table
+from triptych.evaluation.records import format_table, merge_results, sample_rows
 from triptych.evaluation.runner import evaluate
-from triptych.hardware import keep_memory
+from triptych.hardware import keep_memory, quiet_libraries
 from triptych.lit import LitVLM
+from triptych.tracking import system_info
 from triptych.types import TriptychError
 
 
 def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float | None:
     """Build, fit, save and evaluate; returns the first metric, which sweepers need."""
     keep_memory()
+    quiet_libraries()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     adapted = build_model(cfg, asked=parts_asked(overrides))
     if cfg.init_from is not None:
@@ -51,83 +56,126 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
     data = build_data(cfg, processor, objective)
     module = LitVLM(adapted.model, objective, optim)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    trainer = build_trainer(cfg, folder, optim.clip)
+    facts = {**system_info(cfg), "table": [vars(row) for row in adapted.table.rows]}
+    (folder / "system.json").write_text(json.dumps(facts, indent=1, default=str))
+    predictor = ModelPredictor(adapted.model, processor, batch_size=cfg.eval.batch_size)
+    benchmarks = build_benchmarks(cfg.benchmark)
+    trainer = build_trainer(cfg, folder, optim.clip, EvaluateSlice(predictor, benchmarks, cfg.eval))
+    exit_code = 1
+    try:
+        adapted.model.to(trainer.strategy.root_device)
+        tables = {}
+        if cfg.eval.at_start and benchmarks:
+            tables["before"] = score(cfg, predictor, benchmarks, folder / "before")
+        fit(cfg, trainer, module, data, adapted, folder)
+        if trainer.is_global_zero:
+            note = {"steps": trainer.global_step}
+            save_bundle(folder / "bundle", adapted, processor, cfg, note)
+        tables["after" if tables else "value"] = score(cfg, predictor, benchmarks, folder)
+        report(trainer, tables, folder, facts, benchmarks)
+        exit_code = 0
+    finally:
+        for logger in trainer.loggers:
+            if hasattr(logger, "finish"):
+                logger.finish(exit_code)
+    print(f"Run directory: {folder}", flush=True)
+    return headline(tables.popitem()[1])
+
+
+def fit(
+    cfg: DictConfig,
+    trainer: pl.Trainer,
+    module: LitVLM,
+    data: DataModule,
+    adapted: Adapted,
+    folder: Path,
+) -> None:
+    """Train from the start, or from the last checkpoint of this directory."""
     start = latest(folder / "checkpoints") if cfg.ckpt == "last" else None
-    adapted.model.to(trainer.strategy.root_device)
-    if cfg.eval.at_start:
-        before = score(cfg, adapted, processor, folder / "before", cfg.benchmark)
     use_cache(cfg, adapted, data)
     began = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+    data.processor.images.cached = None  # what is evaluated is encoded anew
     seconds = time.perf_counter() - began
-    processor.images.cached = None
-    note = {"steps": trainer.global_step, "train_seconds": round(seconds, 1)}
-    if trainer.is_global_zero:
-        save_bundle(folder / "bundle", adapted, processor, cfg, note)
-    print(f"Trained {trainer.global_step} steps in {seconds:.0f} s.", flush=True)
-    results = score(cfg, adapted, processor, folder, cfg.benchmark)
-    if cfg.eval.at_start:
-        print(format_table({"before": before, "after": results}))
-    print(f"Run directory: {folder}", flush=True)
-    return headline(results)
+    print(f"Trained {trainer.global_step:,} steps in {seconds:.0f} s.", flush=True)
 
 
 def evaluate_only(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float | None:
     """Score a run with its own configuration, or a preset that was never trained here."""
     keep_memory()
+    quiet_libraries()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     if (cfg.run is None) == (cfg.model is None):
         raise TriptychError("give run=DIR to score a run, or model=NAME to score a preset.")
-    benchmarks = cfg.benchmark
+    chosen = cfg.benchmark
     if cfg.run is not None:
         bundle = find_bundle(cfg.run)
         if bundle is None:
             raise TriptychError(f"run={cfg.run} is no run: it holds no bundle/bundle.json.")
         trained, adapted = load_bundle(bundle)
-        benchmarks = benchmarks or trained.benchmark
+        chosen = chosen or trained.benchmark
     else:
         adapted = build_model(cfg, asked=parts_asked(overrides))
-    results = score(cfg, adapted, adapted.model.processor(), folder, benchmarks)
+    processor = adapted.model.processor()
+    predictor = ModelPredictor(adapted.model, processor, batch_size=cfg.eval.batch_size)
+    results = score(cfg, predictor, build_benchmarks(chosen), folder)
+    print(format_table({"value": results}))
+    if cfg.run is not None:
+        merge_results(Path(cfg.run) / "results.json", results)
+    print(f"Results: {folder}", flush=True)
     return headline(results)
 
 
+def build_benchmarks(nodes: DictConfig | None) -> dict[str, Any]:
+    """The benchmarks a configuration chose, by name."""
+    return {str(name): build(node) for name, node in (nodes or {}).items()}
+
+
 def score(
-    cfg: DictConfig, adapted: Adapted, processor: Any, out: Path, benchmarks: DictConfig | None
+    cfg: DictConfig, predictor: ModelPredictor, benchmarks: dict[str, Any], out: Path
 ) -> dict[str, Any]:
-    """Run the benchmarks on a model and print their table."""
+    """Run the benchmarks on a model; slices and permutations do not follow the training seed."""
     if not benchmarks:
         return {"metrics": {}}
-    built = {str(name): build(node) for name, node in benchmarks.items()}
-    predictor = ModelPredictor(adapted.model, processor, batch_size=cfg.eval.batch_size)
-    results = evaluate(
-        predictor, built, out, limit=cfg.eval.limit, blind=cfg.eval.blind, seed=cfg.seed
-    )
-    return results
+    return evaluate(predictor, benchmarks, out, limit=cfg.eval.limit, blind=cfg.eval.blind)
 
 
-def build_trainer(cfg: DictConfig, folder: Path, clip: float | None) -> pl.Trainer:
+def report(
+    trainer: pl.Trainer, tables: dict[str, dict], folder: Path, facts: dict, benchmarks: dict
+) -> None:
+    """Print the table of results and send it, with the samples, to every sink."""
+    final = list(tables.values())[-1]
+    if not final["metrics"]:
+        return
+    print(format_table(tables))
+    values = {key: entry["value"] for key, entry in final["metrics"].items()}
+    for logger in trainer.loggers:
+        logger.log_metrics({f"eval/{k}": v for k, v in values.items()}, trainer.global_step)
+        if hasattr(logger, "log_summary"):
+            logger.log_summary({**values, "system": facts})
+        if hasattr(logger, "log_samples"):
+            samples = chain.from_iterable(b.samples for b in benchmarks.values())
+            logger.log_samples(sample_rows(folder, samples), trainer.global_step)
+
+
+def build_trainer(
+    cfg: DictConfig, folder: Path, clip: float | None, during: EvaluateSlice
+) -> pl.Trainer:
     """The Lightning trainer with the callbacks that watch over every run."""
     precision = cfg.trainer.precision
     if precision == "auto":
         cuda = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         fast = hardware_dtype("cuda" if cuda else "cpu")
-        precision = "32-true" if fast == torch.float32 else {
-            torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"
-        }[fast]
+        mixed = {torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
+        precision = mixed.get(fast, "32-true")
     loggers = [build(node, folder=str(folder)) for node in cfg.logger.values()]
-    callbacks = [
-        Checkpoints(folder / "checkpoints"),
-        Audit(),
-        FiniteGuard(),
-        GradNorms(),
-        Throughput(),
-        Progress(),
-    ]
+    checkpoints = Checkpoints(folder / "checkpoints", **cfg.checkpoint)
+    watch = [checkpoints, Audit(), FiniteGuard(), GradNorms(), Throughput(), Progress()]
     return build(
         without(cfg.trainer, ["precision"]),
         precision=precision,
         default_root_dir=str(folder),
-        callbacks=callbacks,
+        callbacks=[*watch, during],
         logger=loggers,
         gradient_clip_val=clip,
         enable_checkpointing=False,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from triptych.types import Sample
 
 Results = dict[str, dict[str, dict[str, Any]]]  # {"metrics": {"easy_vqa/accuracy": {"value": ...}}}
 
@@ -76,3 +78,24 @@ def _with_interval(entry: dict[str, Any]) -> str:
     if entry.get("low") is None:
         return _percent(entry["value"])
     return f"{_percent(entry['value'])} [{_percent(entry['low'])}, {_percent(entry['high'])}]"
+
+
+def sample_rows(folder: Path, samples: Iterable[Sample], count: int = 50) -> list[dict[str, Any]]:
+    """Rows with a picture for a table of predictions: failures first, then the others, seeded."""
+    import random
+
+    import pyarrow.parquet as pq
+
+    path = folder / "samples.parquet"
+    rows = pq.read_table(path).to_pylist() if path.exists() else []
+    random.Random(0).shuffle(rows)
+    failed = [row for row in rows if not row["correct"]][:count]
+    chosen = failed + [row for row in rows if row["correct"]][:count]
+    wanted = {row["sample_id"] for row in chosen}
+    pictures = {s.id: s.images[0] for s in samples if s.id in wanted and s.images}
+    keys = ("sample_id", "question", "gold", "raw_output", "parsed", "correct", "scorer")
+    return [
+        {"image": ref and ref.open(), **{key: row[key] for key in keys}}
+        for row in chosen
+        for ref in [pictures.get(row["sample_id"])]
+    ]
