@@ -55,7 +55,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory, tokenizer) -> Path:
-    """A folder with `vision` (CLIP ViT) and `language` (Llama), random weights, as a hub has them."""
+    """A folder with `vision` (CLIP ViT) and `language` (Llama) of random weights."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -26,8 +26,14 @@ TOWERS = {
     "vit": (VIT, 1, 16, 32),
     "resnet": ({"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}, 0, 16, 16),
     "swin": (
-        {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1],
-         "window_size": 4},
+        {
+            "image_size": 32,
+            "patch_size": 2,
+            "embed_dim": 8,
+            "depths": [1, 1],
+            "num_heads": [1, 1],
+            "window_size": 4,
+        },
         0,
         64,
         16,
@@ -70,7 +76,8 @@ def test_any_decoder_gives_the_librarys_logits(kind, dialogue, tokenizer, tmp_pa
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "intermediate_size": 64, "ffn_dim": 64, "head_dim": 8, "word_embed_proj_dim": 16,
         "n_embd": 32, "n_layer": 2, "n_head": 4, "max_position_embeddings": 128,
     }  # fmt: skip

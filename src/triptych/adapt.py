@@ -74,7 +74,7 @@ def adapt(
     for path in table.roles("lora"):
         if lora is None:
             raise TriptychError(
-                f"the part '{path}' is 'lora' but peft.lora is not set; use peft=lora or peft=qlora."
+                f"'{path}' is 'lora' but peft.lora is not set; use peft=lora or peft=qlora."
             )
         add_lora(model, path, table, lora, quantized=path.split(".")[0] in targets and not on_meta)
     for name, parameter in model.named_parameters():

@@ -42,8 +42,8 @@ class Audit(pl.Callback):
             missing = sorted(n for n, p in trained.items() if p.grad is None)
             if missing:
                 raise TriptychError(
-                    f"the audit found {len(missing)} trainable tensors without a gradient after the "
-                    f"first backward, such as {', '.join(missing[:3])}; they are cut off by a "
+                    f"the audit found {len(missing)} trainable tensors without a gradient after "
+                    f"the first backward, such as {', '.join(missing[:3])}; they are cut off by a "
                     "no_grad or detach, or never used: freeze them or mark them unused."
                 )
             self._asleep = set(trained)

@@ -53,14 +53,16 @@ def check(cfg: DictConfig) -> None:
     quantized = cfg.quantization.method != "none"
     if cfg.peft.name == "qlora" and not quantized:
         raise TriptychError(
-            "peft=qlora trains adapters over a quantized base, and quantization=none asks for none; "
+            "peft=qlora trains adapters over a quantized base, and quantization=none gives none; "
             "use peft=lora, or quantization=nf4."
         )
     accumulate = cfg.trainer.get("accumulate_grad_batches", 1)
     if accumulate < 1:
         raise TriptychError("trainer.accumulate_grad_batches starts at 1.")
     if cfg.trainer.get("devices", 1) not in (1, "1") and cfg.quantization.method == "int8":
-        raise TriptychError("quantization=int8 trains on one device; use nf4, or trainer.devices=1.")
+        raise TriptychError(
+            "quantization=int8 trains on one device; use nf4, or trainer.devices=1."
+        )
 
 
 def build_model(cfg: DictConfig, asked: Sequence[str] = (), meta: bool = False) -> Adapted:

@@ -116,7 +116,7 @@ def load_trained(folder: Path, adapted: Adapted) -> None:
     facts = json.loads((folder / "bundle.json").read_text())
     if facts.get("format") != FORMAT:
         raise TriptychError(
-            f"the bundle {folder} has format {facts.get('format')} and this version reads {FORMAT}; "
+            f"the bundle {folder} has format {facts.get("format")}, this version reads {FORMAT}; "
             "load it with the version that wrote it."
         )
     for role, known in facts["bases"].items():
@@ -159,7 +159,7 @@ def compose_preset(model: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def trained_tensors(model: Model) -> dict[str, Tensor]:
-    """What training changes, by name: trainable tensors and buffers of parts that are not frozen."""
+    """What training changes, by name: trainable tensors and buffers of parts that train."""
     kept = saved_names(model)
     return {n: t.detach() for n, t in model.state_dict(keep_vars=True).items() if n in kept}
 

@@ -64,7 +64,7 @@ class LitVLM(pl.LightningModule):
         return batch.to(device, non_blocking=True)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """What training changed: trainable tensors, and the buffers of parts that are not frozen."""
+        """What training changed: trainable tensors and the buffers of parts that train."""
         state = super().state_dict(*args, **kwargs)
         kept = saved_names(self)
         return {name: value for name, value in state.items() if name in kept}

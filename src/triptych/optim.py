@@ -77,9 +77,7 @@ class Optim:
             raise TriptychError(
                 f"optim.schedule is '{self.schedule}'; it takes {', '.join(shapes)}."
             )
-        rate = partial(
-            _rate, warmup=warmup, start=self.warmup_from, steps=steps, final=self.final
-        )
+        rate = partial(_rate, warmup=warmup, start=self.warmup_from, steps=steps, final=self.final)
         return torch.optim.lr_scheduler.LambdaLR(
             optimizer, partial(rate, shape=shapes[self.schedule])
         )

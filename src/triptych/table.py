@@ -36,7 +36,9 @@ class PartsTable:
         """The row that decides on the tensor or module of this name."""
         matches = [r for r in self.rows if name == r.path or name.startswith(r.path + ".")]
         if not matches:
-            raise TriptychError(f"no row of the parts table covers '{name}'; add one to model.trains.")
+            raise TriptychError(
+                f"no row of the parts table covers '{name}'; add one to model.trains."
+            )
         return max(matches, key=lambda r: len(r.path))
 
     def state(self, name: str) -> State:
@@ -79,7 +81,9 @@ def merge(
         rows[path].origin = "command line"
     for role in model.roles:
         if role not in rows:
-            raise TriptychError(f"model.trains has no row for the part '{role}'; say frozen or full.")
+            raise TriptychError(
+                f"model.trains has no row for the part '{role}'; say frozen or full."
+            )
     for path in model.unused:
         rows[path] = Row(path, "unused", "wiring")
     for row in rows.values():
@@ -116,4 +120,6 @@ def _check(model: Model, path: str, asked: bool) -> None:
     if path != "*" and not has(model, path) and (asked or lacks_sub_part):
         near = get_close_matches(role, model.roles, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(model.roles)}."
-        raise TriptychError(f"the parts table names '{path}', which this model does not have; {hint}")
+        raise TriptychError(
+            f"the parts table names '{path}', which this model does not have; {hint}"
+        )

@@ -55,9 +55,7 @@ class FeatureCache:
         item = self.encoder.model.dtype.itemsize
         if len(todo) * (tokens + 1) * self.encoder.dim * item > limit_gb * 2**30:
             return False
-        bar = tqdm(
-            total=len(todo), desc="Encoding images once", unit="img", disable=not progress
-        )
+        bar = tqdm(total=len(todo), desc="Encoding images once", unit="img", disable=not progress)
         self._write(list(todo.values()), bar)
         bar.close()
         self._open()

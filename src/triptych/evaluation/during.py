@@ -11,9 +11,11 @@ from triptych.evaluation.runner import evaluate
 
 
 class EvaluateSlice(pl.Callback):
-    """Every `eval.every` optimizer steps: `eval.slice` questions of each benchmark, always the same."""
+    """Every `eval.every` steps: `eval.slice` questions of each benchmark, always the same."""
 
-    def __init__(self, predictor: ModelPredictor, benchmarks: dict[str, Any], settings: Any) -> None:
+    def __init__(
+        self, predictor: ModelPredictor, benchmarks: dict[str, Any], settings: Any
+    ) -> None:
         self.predictor, self.benchmarks = predictor, benchmarks
         self.every, self.size = settings.every, settings.slice
         self._scored = 0

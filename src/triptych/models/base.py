@@ -21,7 +21,9 @@ class Model(nn.Module):
     @property
     def unused(self) -> list[str]:
         """Tensor name prefixes that this wiring never reaches."""
-        return [f"{r}.{name}" for r in self.roles for name in getattr(getattr(self, r), "unused", ())]
+        return [
+            f"{r}.{name}" for r in self.roles for name in getattr(getattr(self, r), "unused", ())
+        ]
 
     def train(self, mode: bool = True) -> Model:
         """Frozen means eval: dropout and statistics of frozen tensors' modules stay off.
@@ -30,7 +32,7 @@ class Model(nn.Module):
         `mode`, because the libraries test `self.training` there; so do dropouts of adapters.
         """
         super().train(mode)
-        for name, module in self.named_modules():
+        for module in self.modules():
             if mode and getattr(module, "_triptych_frozen", False):
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
         return self

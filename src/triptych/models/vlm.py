@@ -86,7 +86,7 @@ def spread(visual: VisualTokens, images: Tensor) -> VisualTokens:
 
 
 def first_alike(batch: Batch) -> Tensor:
-    """(B,) for each row the first row with the same shared prefix: same ids over the same images."""
+    """(B,) the first row with the same shared prefix: the same ids over the same images."""
     tokens = batch.text["language"]
     ids = torch.where(tokens.segments == SHARED, tokens.ids, PAD).tolist()
     images: list[list[int]] = [[] for _ in ids]

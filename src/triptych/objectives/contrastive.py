@@ -34,9 +34,7 @@ class InfoNCE(Objective):
         to_text = scale * images @ gather(texts).T  # (B, world*B)
         to_image = scale * texts @ gather(images).T
         losses = [
-            F.cross_entropy(
-                logits, positives, reduction="sum", label_smoothing=self.smoothing
-            )
+            F.cross_entropy(logits, positives, reduction="sum", label_smoothing=self.smoothing)
             for logits in (to_text, to_image)
         ]
         return {"contrastive": Term(sum(losses) / 2)}

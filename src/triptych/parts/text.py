@@ -20,7 +20,8 @@ class TextEncoder(nn.Module):
     """A text tower whose rows are single captions; D is its pooled width.
 
     pooling: "model" takes the tower's own pooled output (CLIP's end token, SigLIP's last),
-    "mean" averages the tokens (sentence encoders), "first" takes [CLS] (BERT, ALIGN).
+    "mean" averages the tokens (sentence encoders), "first" takes [CLS] (BERT, ALIGN), "last" the
+    last token of each caption (causal towers).
     max_length: tokens kept of a caption, special tokens included.
     """
 
@@ -30,7 +31,7 @@ class TextEncoder(nn.Module):
         config: dict | None = None,
         revision: str | None = None,
         tokenizer: str | None = None,
-        pooling: Literal["model", "mean", "first"] = "model",
+        pooling: Literal["model", "mean", "first", "last"] = "model",
         max_length: int | None = None,
         model_class: str | None = None,
         attention: str = "sdpa",
@@ -40,8 +41,10 @@ class TextEncoder(nn.Module):
         from hydra.utils import get_class
         from transformers import AutoModel
 
-        if pooling not in ("model", "mean", "first"):
-            raise TriptychError(f"text.pooling is '{pooling}'; it takes model, mean or first.")
+        if pooling not in ("model", "mean", "first", "last"):
+            raise TriptychError(
+                f"text.pooling is '{pooling}'; it takes model, mean, first or last."
+            )
         self.config = read_config(config, weights, "text_config")
         auto = get_class(model_class) if model_class else AutoModel
         self.model = load_model(auto, self.config, weights, revision, attention, dtype)
@@ -66,6 +69,8 @@ class TextEncoder(nn.Module):
         hidden = out.last_hidden_state  # (B,T,D)
         if self.pooling == "first":
             return hidden[:, 0]
+        if self.pooling == "last":
+            return hidden[torch.arange(len(hidden), device=hidden.device), tokens.mask.sum(1) - 1]
         mask = tokens.mask[..., None].to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
 
