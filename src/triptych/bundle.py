@@ -116,7 +116,7 @@ def load_trained(folder: Path, adapted: Adapted) -> None:
     facts = json.loads((folder / "bundle.json").read_text())
     if facts.get("format") != FORMAT:
         raise TriptychError(
-            f"the bundle {folder} has format {facts.get("format")}, this version reads {FORMAT}; "
+            f"the bundle {folder} has format {facts.get('format')}, this version reads {FORMAT}; "
             "load it with the version that wrote it."
         )
     for role, known in facts["bases"].items():
