@@ -125,7 +125,11 @@ def _load(family: Official, config: PreTrainedConfig, source: Source) -> Model:
         trust_remote_code=False,
     )
     what = f"the checkpoint '{source.path}'"
-    for verb, key in (("lacks", "missing"), ("also holds", "unexpected"), ("misfits", "mismatched")):
+    for verb, key in (
+        ("lacks", "missing"),
+        ("also holds", "unexpected"),
+        ("misfits", "mismatched"),
+    ):
         if info[f"{key}_keys"]:
             raise TriptychError(
                 f"{what} {verb} {listed(sorted(map(str, info[f'{key}_keys'])))}; name a complete "

@@ -160,6 +160,4 @@ def _template(source: Source) -> str | None:
     return TEMPLATE if lists else None
 
 
-LLAVA = Official(
-    "LlavaForConditionalGeneration", PREFIXES, build, describe, fits, finish, extras
-)
+LLAVA = Official("LlavaForConditionalGeneration", PREFIXES, build, describe, fits, finish, extras)

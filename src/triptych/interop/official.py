@@ -88,7 +88,11 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) ->
     if missing or left or odd:
         problems = [
             f"{verb} {listed(names)}"
-            for verb, names in (("lacks", missing), ("also holds", left), ("has other shapes of", odd))
+            for verb, names in (
+                ("lacks", missing),
+                ("also holds", left),
+                ("has other shapes of", odd),
+            )
             if names
         ]
         raise TriptychError(
