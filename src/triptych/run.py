@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from triptych import forecast
 from triptych.adapt import hardware_dtype, table_text
 from triptych.audit import Audit
 from triptych.build import (
@@ -32,11 +33,16 @@ from triptych.evaluation.model_predictor import ModelPredictor
 from triptych.evaluation.records import format_table
 from triptych.evaluation.runner import evaluate
 from triptych.lit import LitVLM
+from triptych.rundir import release_run_dir
 from triptych.types import TriptychError
 
 
 def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float | None:
     """Build, fit, save and evaluate; returns the first metric, which sweepers need."""
+    if cfg.dry_run.enabled:
+        print(forecast.dry_run(cfg, overrides).text(cfg.dry_run.gpu_gb))
+        release_run_dir(folder)
+        return None
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     adapted = build_model(cfg, asked=parts_asked(overrides))
     if cfg.init_from is not None:
@@ -55,6 +61,7 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
     if cfg.eval.at_start:
         before = score(cfg, adapted, processor, folder / "before", cfg.benchmark)
     use_cache(cfg, adapted, data)
+    print(forecast.before_run(cfg, data, trainer.precision, overrides), flush=True)
     began = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
     seconds = time.perf_counter() - began

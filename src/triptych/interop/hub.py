@@ -125,15 +125,13 @@ def _load(family: Official, config: PreTrainedConfig, source: Source) -> Model:
         trust_remote_code=False,
     )
     what = f"the checkpoint '{source.path}'"
-    for verb, key in (
-        ("lacks", "missing"),
-        ("also holds", "unexpected"),
-        ("misfits", "mismatched"),
-    ):
-        if info[f"{key}_keys"]:
+    verbs = {"missing": "lacks", "unexpected": "also holds", "mismatched": "has other shapes of"}
+    for kind, verb in verbs.items():
+        names = sorted(map(str, info[f"{kind}_keys"]))
+        if names:
             raise TriptychError(
-                f"{what} {verb} {listed(sorted(map(str, info[f'{key}_keys'])))}; name a complete "
-                f"checkpoint of {family.model_class}."
+                f"{what} {verb} {listed(names)}; name a complete checkpoint of "
+                f"{family.model_class}."
             )
     with init_empty_weights(include_buffers=False):  # the weights are taken over, not copied
         model = family.build(config, source)

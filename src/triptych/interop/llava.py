@@ -38,8 +38,8 @@ def build(config: LlavaConfig, source: Source) -> VLM:
     layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
     if not isinstance(layer, int):
         raise TriptychError(
-            f"'{source.path}' joins the vision layers {layer}, and a vision encoder here gives one; "
-            "use model=hf for this checkpoint."
+            f"'{source.path}' joins the vision layers {layer}, and a vision encoder here gives "
+            "one; use model=hf for this checkpoint."
         )
     if config.projector_hidden_act != "gelu":
         raise TriptychError(
@@ -89,8 +89,8 @@ def describe(model: VLM) -> LlavaConfig:
         return deepcopy(model.official)
     if model.vision.special not in (0, 1):
         raise TriptychError(
-            f"LlavaForConditionalGeneration drops one class token and this vision encoder has "
-            f"{model.vision.special} to drop; set vision.select=cls_patch, or export another format."
+            "LlavaForConditionalGeneration drops one class token and this vision encoder has "
+            f"{model.vision.special} to drop; set model.vision.select=cls_patch and train again."
         )
     text, vision = deepcopy(model.language.config), model.vision
     rows = model.language.model.get_input_embeddings().num_embeddings

@@ -86,15 +86,8 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) ->
     missing, left = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     odd = [n for n in own if n in tensors and own[n].shape != tensors[n].shape]
     if missing or left or odd:
-        problems = [
-            f"{verb} {listed(names)}"
-            for verb, names in (
-                ("lacks", missing),
-                ("also holds", left),
-                ("has other shapes of", odd),
-            )
-            if names
-        ]
+        found = {"lacks": missing, "also holds": left, "has other shapes of": odd}
+        problems = [f"{verb} {listed(names)}" for verb, names in found.items() if names]
         raise TriptychError(
             f"{what} {' and '.join(problems)}; name a checkpoint of this architecture."
         )
