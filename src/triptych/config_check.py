@@ -46,7 +46,8 @@ OPEN = (
 def check_overrides(config_name: str, overrides: list[str]) -> tuple[list[str], DictConfig]:
     """Validate a command line; return it with its pluses put right, and the first job's config.
 
-    A sweep is checked once for each value of each swept group. The configuration holds `hydra`.
+    `dry_run=true` means `dry_run.enabled=true`, as for every node that has that key. A sweep is
+    checked once for each value of each swept group. The configuration holds `hydra`.
     Raises ConfigError.
     """
     parsed = [_parse(text) for text in overrides]
@@ -54,8 +55,11 @@ def check_overrides(config_name: str, overrides: list[str]) -> tuple[list[str], 
     values = [o for o in parsed if not _is_group(o)]
     choices = list(_choices(groups))
     new: set[str] = set()
+    switched: dict[str, str] = {}  # as written -> as meant
     for choice in choices:
         tree = OmegaConf.to_container(_compose(config_name, choice), resolve=False)
+        switched |= {v.input_line: _switched(v, tree) for v in values}
+        values = [_parse(switched.get(v.input_line, v.input_line)) for v in values]
         new |= {v.input_line for v in values if _needs_plus(v, tree, values)}
     fixed = {v.input_line: _with_plus(v, v.input_line in new) for v in values}
     firsts = [_first(v, fixed[v.input_line]) for v in values]
@@ -67,7 +71,8 @@ def check_overrides(config_name: str, overrides: list[str]) -> tuple[list[str], 
             f"'{swept}' gives several values to one run; add -m to run one job for each, "
             f"or write {key}=[{value}] if it is a list."
         )
-    return [fixed.get(text, text) for text in overrides], cfgs[0]
+    meant = [switched.get(text, text) for text in overrides]
+    return [fixed.get(text, text) for text in meant], cfgs[0]
 
 
 def check_missing(cfg: DictConfig) -> None:
@@ -156,6 +161,18 @@ def _refused(error: HydraException) -> str:
         return f"'{key}' must be chosen; add {key}=OPTION ({key}: {', '.join(_options(key))})"
     cause = f" {_line(error.__cause__).split(' full_key:')[0]}" if error.__cause__ else ""
     return f"{message}{cause}"
+
+
+def _switched(override: Override, tree: dict) -> str:
+    """The override's text; true or false given to a node with `enabled` sets that key."""
+    key, text = override.key_or_group, override.input_line
+    depth, node = _walk(key, tree)
+    whole = depth == len(key.split(".")) and isinstance(node, dict) and "enabled" in node
+    if override.is_delete() or not whole or isinstance(override.value(), dict):
+        return text
+    if not isinstance(override.value(), bool):
+        raise ConfigError(f"{key} is true or false; what it holds is set by {key}.KEY=VALUE.")
+    return f"{key}.enabled={text.partition('=')[2]}"
 
 
 def _needs_plus(override: Override, tree: dict, values: list[Override]) -> bool:

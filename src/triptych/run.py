@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from triptych import forecast
 from triptych.adapt import hardware_dtype, table_text
 from triptych.audit import Audit
 from triptych.build import (
@@ -36,12 +37,17 @@ from triptych.evaluation.records import format_table, merge_results, sample_rows
 from triptych.evaluation.runner import evaluate
 from triptych.hardware import keep_memory, quiet_libraries
 from triptych.lit import LitVLM
+from triptych.rundir import release_run_dir
 from triptych.tracking import system_info
 from triptych.types import TriptychError
 
 
 def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float | None:
     """Build, fit, save and evaluate; returns the first metric, which sweepers need."""
+    if cfg.dry_run.enabled:
+        print(forecast.dry_run(cfg, overrides).text(cfg.dry_run.gpu_gb))
+        release_run_dir(folder)
+        return None
     keep_memory()
     quiet_libraries()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -61,6 +67,7 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
     predictor = ModelPredictor(adapted.model, processor, batch_size=cfg.eval.batch_size)
     benchmarks = build_benchmarks(cfg.benchmark)
     trainer = build_trainer(cfg, folder, optim.clip, EvaluateSlice(predictor, benchmarks, cfg.eval))
+    print(forecast.before_run(cfg, data, trainer.precision, overrides), flush=True)
     exit_code = 1
     try:
         adapted.model.to(trainer.strategy.root_device)

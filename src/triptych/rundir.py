@@ -53,6 +53,11 @@ def claim_run_dir(path: str | Path, resume: bool) -> Path:
     return path
 
 
+def release_run_dir(path: str | Path) -> None:
+    """Give back a directory in which nothing was run."""
+    (Path(path) / CLAIM).unlink(missing_ok=True)
+
+
 def check_run_dir(path: Path, resume: bool) -> None:
     """Raise ConfigError if the directory holds anything of a run and `resume` is false."""
     if not resume and any((path / name).exists() for name in RUN_FILES):

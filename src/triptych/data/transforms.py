@@ -15,7 +15,7 @@ from torch import Tensor
 from triptych.types import TriptychError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import BaseImageProcessor, PreTrainedConfig
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -74,6 +74,27 @@ class ImageTransform:
         left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
         return picture.crop((left, top, left + width, top + height))
 
+    def to_library(self) -> BaseImageProcessor:
+        """The image processor of transformers that does the same."""
+        from transformers import CLIPImageProcessor, LlavaImageProcessor
+
+        height, width = self.size
+        whole = {"height": height, "width": width}
+        # a crop resizes the shorter side first
+        size = {"shortest_edge": max(height, width)} if self.fit == "crop" else whole
+        more = {"do_pad": True} if self.fit == "pad" else {}
+        make = LlavaImageProcessor if self.fit == "pad" else CLIPImageProcessor
+        return make(
+            size=size,
+            crop_size=whole,
+            do_center_crop=self.fit == "crop",
+            image_mean=list(self.mean),
+            image_std=list(self.std),
+            resample=self.resample,
+            do_convert_rgb=True,
+            **more,
+        )
+
     @classmethod
     def of(cls, weights: str | None, config: PreTrainedConfig) -> ImageTransform:
         """The transform a checkpoint's preprocessor_config.json states, or CLIP's at its size."""
@@ -83,6 +104,7 @@ class ImageTransform:
         side = getattr(config, "image_size", None) or 224
         size = stated.get("crop_size") if stated.get("do_center_crop") else stated.get("size")
         fit = "crop" if stated.get("do_center_crop", not stated) else "squash"
+        fit = "pad" if stated.get("do_pad") else fit  # LlavaImageProcessor: square, then resize
         return cls(
             size=_pair(size or side),
             fit=fit,
@@ -97,8 +119,13 @@ def _read(weights: str) -> dict[str, Any]:
         return {}  # a dry run asks no network
     from transformers.utils import cached_file
 
-    path = cached_file(weights, "preprocessor_config.json", _raise_exceptions_for_missing_entries=0)
-    return json.loads(Path(path).read_text()) if path else {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = cached_file(weights, name, _raise_exceptions_for_missing_entries=False)
+        stated = json.loads(Path(path).read_text()) if path else {}
+        stated = stated.get("image_processor", stated)
+        if "image_mean" in stated or "size" in stated:
+            return stated
+    return {}
 
 
 def _pair(size: int | dict | list | tuple) -> tuple[int, int]:

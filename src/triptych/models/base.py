@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from triptych.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 ROLES = ("vision", "connector", "language", "text", "fusion", "heads")
 
 
 class Model(nn.Module):
     """A wiring of parts. Its attribute names are the roles of the parts table."""
+
+    official: PreTrainedConfig | None = None  # of the checkpoint that `from_hf` took it from
 
     @property
     def roles(self) -> list[str]:

@@ -60,6 +60,11 @@ class LanguageModel(nn.Module):
         return load_tokenizer(self._tokenizer, self._template, self._revision)
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a folder or hub id to take a tokenizer from."""
+        return self._tokenizer is not None
+
+    @property
     def head(self) -> nn.Module:
         return self.model.get_output_embeddings()
 

@@ -37,14 +37,23 @@ def read_config(config: dict | None, weights: str | None, role: str) -> PreTrain
             "a pretrained part needs `weights` (a folder or hub id) or `config` (a model_type and "
             "its sizes, for random weights); give one of the two."
         )
+    found = checkpoint_config(weights)
+    return getattr(found, role, found)
+
+
+def checkpoint_config(weights: str, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration that a folder or hub id states."""
+    from transformers import AutoConfig
+
     try:
-        found = AutoConfig.from_pretrained(resolve(weights), trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            resolve(weights), revision=revision or "main", trust_remote_code=False
+        )
     except OSError as error:
         raise TriptychError(
             f"the weights '{weights}' are neither a local folder nor a hub id that can be reached; "
             "check the path or the connection."
         ) from error
-    return getattr(found, role, found)
 
 
 def load_model(
