@@ -203,6 +203,6 @@ def _save(folder: Path, model: torch.nn.Module, processor: object) -> None:
     with torch.no_grad():  # large enough that untrained answers differ between prompts
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.mul_(4 if "head" not in name else 2)
+                parameter.mul_(2 if "embed" in name or "head" in name else 8)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -62,10 +62,10 @@ class Loaded:
         return answers if _several(image) or _several(prompt) else answers[0]
 
     def ask(self, samples: Sequence[Sample], batch_size: int = 8, **decoding: Any) -> list[str]:
-        """The model's next turn of each sample, in batches; an image is encoded once a call."""
+        """The model's next turn of each sample, in batches whose size changes no answer."""
         from triptych.evaluation.model_predictor import ModelPredictor
 
-        predictor = ModelPredictor(self.model, self.processor, batch_size)
+        predictor = ModelPredictor(self.model, self.processor, batch_size, self._device)
         return predictor.generate(samples, **decoding)
 
     @torch.inference_mode()
@@ -83,8 +83,8 @@ class Loaded:
             raise TriptychError("embed takes images=... or texts=..., one of the two.")
         if not hasattr(self.model, "embed_images"):
             raise TriptychError(
-                f"model={self.cfg.model.name} writes answers and has no space that images and texts "
-                "share; use .answer, or a model such as clip."
+                f"model={self.cfg.model.name} writes answers and has no space that images and "
+                "texts share; use .answer, or a model such as clip."
             )
         self.model.eval()
         items, one = (
@@ -106,7 +106,9 @@ class Loaded:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        # weights that a device map put on disk are on no device
+        placed = (p.device for p in self.model.parameters() if not p.is_meta)
+        return next(placed, torch.device("cpu"))
 
 
 def load(

@@ -52,7 +52,7 @@ class HostedProcessor:
 
     @classmethod
     def of(cls, id: str, revision: str | None, template: str | None) -> HostedProcessor:
-        """The processor of a hub id or folder; `template` (a .jinja file or text) replaces its own."""
+        """The processor of a hub id or folder; `template` (a file or text) replaces its own."""
         from transformers import AutoProcessor
 
         source = resolve(id)
@@ -67,8 +67,8 @@ class HostedProcessor:
             ) from error
         if not hasattr(library, "image_processor") or not hasattr(library, "tokenizer"):
             raise TriptychError(
-                f"'{id}' has no preprocessor_config.json beside its tokenizer; name a folder or hub "
-                "id with the model's whole processor."
+                f"'{id}' has no preprocessor_config.json beside its tokenizer; name a folder or "
+                "hub id with the model's whole processor."
             )
         if not library.tokenizer.is_fast:
             raise TriptychError(f"'{id}' has no fast tokenizer, whose offsets the masks need.")
@@ -167,7 +167,7 @@ class HostedProcessor:
         offsets: bool = False,
         **more: Any,
     ) -> BatchFeature:
-        """Call the library's processor on a batch; what it refuses is said with the samples' ids."""
+        """Call the library's processor on a batch; what it refuses is said with sample ids."""
         images = [[_open(ref, s) for ref in s.images] for s in samples]
         options: dict[str, Any] = {"padding": True, "padding_side": side, "return_tensors": "pt"}
         if offsets:

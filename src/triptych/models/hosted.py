@@ -170,7 +170,7 @@ class HostedVLM(Model):
         ):
             raise TriptychError(
                 f"{type(self.library).__name__} changes the output of its head in a way that "
-                "HostedLanguage.finish does not know; extend it, or UNSCALED in interop.hosted_roles."
+                "HostedLanguage.finish does not know; extend it or interop.hosted_roles.UNSCALED."
             )
         self._checked = True
 
