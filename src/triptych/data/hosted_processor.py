@@ -122,7 +122,10 @@ class HostedProcessor:
     def structured(self) -> bool:
         """Whether the template takes a turn's content as a list of parts, or as one string."""
         probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
-        return "'type'" not in render_prompt_turns(probe, self.tokenizer)
+        try:
+            return "'type'" not in render_prompt_turns(probe, self.tokenizer)
+        except TypeError:  # the template adds the content to a string
+            return False
 
     def _render(self, sample: Sample) -> Rendered:
         try:
