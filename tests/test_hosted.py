@@ -281,14 +281,16 @@ def options(questions: Path) -> list[str]:
 def test_a_run_trains_resumes_evaluates_and_answers(
     folders, questions, pictures, name, tmp_path, monkeypatch
 ):
-    from functools import partial
-
     from safetensors.torch import load_file
 
     from triptych import run
     from triptych.checkpoint import Checkpoints
 
-    monkeypatch.setattr(run, "Checkpoints", partial(Checkpoints, steps=2))
+    class Often(Checkpoints):
+        def __init__(self, folder: Path, **settings: object) -> None:
+            super().__init__(folder, steps=2)
+
+    monkeypatch.setattr(run, "Checkpoints", Often)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     whole.mkdir()
     run.train(compose_preset(f"hf:{folders[name]}", options(questions)), whole)

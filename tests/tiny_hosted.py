@@ -32,8 +32,8 @@ SMOL = ["<pad>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image
 SMOL += ["<global-img>", "<video>", *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2))]
 GEMMA = ["<pad>", "<eos>", "<bos>", "<image>"]
 DECODER = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "hidden_size": 64,  # 4-bit layers are read in blocks of 64
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -74,7 +74,7 @@ def qwen(folder: Path) -> None:
         text_config={
             **DECODER,
             "vocab_size": len(words),
-            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
             "eos_token_id": words.eos_token_id,
             "pad_token_id": words.pad_token_id,
             "bos_token_id": None,
@@ -86,7 +86,7 @@ def qwen(folder: Path) -> None:
             "num_heads": 4,
             "patch_size": 8,
             "spatial_merge_size": 2,
-            "out_hidden_size": 32,
+            "out_hidden_size": 64,
             "fullatt_block_indexes": [1],
             "window_size": 32,
         },
@@ -165,7 +165,7 @@ def paligemma(folder: Path) -> None:
         text_config={
             "model_type": "gemma",
             **DECODER,
-            "head_dim": 8,
+            "head_dim": 16,
             "vocab_size": len(words),
             "eos_token_id": words.eos_token_id,
             "pad_token_id": words.pad_token_id,
@@ -181,7 +181,7 @@ def paligemma(folder: Path) -> None:
             "patch_size": 8,
             "vision_use_head": False,
         },
-        projection_dim=32,
+        projection_dim=64,
         image_token_id=words.convert_tokens_to_ids("<image>"),
         pad_token_id=words.pad_token_id,
     )

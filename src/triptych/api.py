@@ -42,10 +42,6 @@ class Loaded:
         Several images, or several prompts, give a list; both together go in pairs, so they are as
         many. `image=None` asks without a picture. decoding: max_new_tokens, do_sample, num_beams...
         """
-        if not hasattr(self.model, "generate"):
-            raise TriptychError(
-                f"model={self.cfg.model.name} writes no answers; use .embed, or another model."
-            )
         images, prompts = _listed(image), _listed(prompt)
         count = max(len(images), len(prompts))
         if len(images) not in (1, count) or len(prompts) not in (1, count):
@@ -65,6 +61,10 @@ class Loaded:
         """The model's next turn of each sample, in batches whose size changes no answer."""
         from triptych.evaluation.model_predictor import ModelPredictor
 
+        if not hasattr(self.model, "generate"):
+            raise TriptychError(
+                f"model={self.cfg.model.name} writes no answers; use .embed, or another model."
+            )
         predictor = ModelPredictor(self.model, self.processor, batch_size, self._device)
         return predictor.generate(samples, **decoding)
 
@@ -148,20 +148,16 @@ def compose_preset(model: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     from triptych.cli import conf_dir
     from triptych.config_check import check_missing, check_overrides
-    from triptych.errors import ConfigError
 
     options = [f"model={model}", *overrides]
     if model.startswith("hf:"):
         quoted = model.removeprefix("hf:").replace("\\", "\\\\").replace("'", "\\'")
         options[0:1] = ["model=hf", f"model.id='{quoted}'"]
     GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(str(conf_dir()), job_name="train", version_base="1.3"):
-            checked, _ = check_overrides("train", options)
-            cfg = hydra.compose("train", checked)
-        check_missing(cfg)
-    except ConfigError as error:
-        raise TriptychError(str(error)) from error
+    with hydra.initialize_config_dir(str(conf_dir()), job_name="train", version_base="1.3"):
+        checked, _ = check_overrides("train", options)
+        cfg = hydra.compose("train", checked)
+    check_missing(cfg)
     return cfg
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from triptych.errors import ConfigError
+from triptych.errors import DataError, TriptychError
 
 if TYPE_CHECKING:
     from triptych.api import Loaded
@@ -39,13 +39,11 @@ class Answer:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 if every image was answered, 1 if some were skipped, 2 if nothing could run."""
     args = parser().parse_args(argv)
-    from triptych.types import TriptychError
-
     try:
         paths = images_of(args.image)
         loaded = open_model(args)
         skipped = write(loaded, paths, args)
-    except (TriptychError, ConfigError) as error:
+    except TriptychError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 1 if skipped else 0
@@ -82,7 +80,6 @@ def parser() -> argparse.ArgumentParser:
 def open_model(args: argparse.Namespace) -> Loaded:
     """The model the options name; options that do not fit together are refused."""
     from triptych.api import load
-    from triptych.types import TriptychError
 
     if (args.id is None) == (args.model == "hf"):
         raise TriptychError("--model hf and --id ID_OR_FOLDER go together; give both or neither.")
@@ -104,8 +101,6 @@ def open_model(args: argparse.Namespace) -> Loaded:
 
 def images_of(source: str) -> list[Path | None]:
     """The image of this path, or the images directly and further down in this folder."""
-    from triptych.types import DataError
-
     path = Path(source)
     if source == "-":
         return [None]
@@ -146,7 +141,7 @@ def answered(
     loaded: Loaded, paths: Sequence[Path | None], prompts: Sequence[str], args: Any
 ) -> Iterator[tuple[list[Answer], int]]:
     """Answers to every prompt of every image, a batch at a time, and how many images those were."""
-    from triptych.types import DataError, ImageRef, Sample, user
+    from triptych.types import ImageRef, Sample, user
 
     step = max(1, args.batch_size // len(prompts))  # images whose questions fill a batch
     for start in range(0, len(paths), step):

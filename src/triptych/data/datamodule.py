@@ -19,7 +19,8 @@ class DataModule(pl.LightningDataModule):
     """Training rows of one reader.
 
     batch_size: rows (images with their questions) of a micro-batch. samples_per_row: most samples
-    that share a row (1 for a model whose processor does not pack). workers: processes that prepare batches; null follows the cores.
+    that share a row (1 for a model whose processor does not pack). workers: processes that prepare
+    batches; null follows the cores.
     """
 
     def __init__(
