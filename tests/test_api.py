@@ -11,8 +11,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from triptych.api import Loaded, compose_preset, load
+from triptych.api import Loaded, load
 from triptych.apps import ask
+from triptych.bundle import compose_preset
 from triptych.types import TriptychError
 
 

@@ -11,7 +11,8 @@ import tiny_hosted
 import torch
 
 from triptych.adapt import Quantization, adapt
-from triptych.api import compose_preset, load
+from triptych.api import load
+from triptych.bundle import compose_preset
 from triptych.data.hosted_processor import HostedProcessor
 from triptych.evaluation.model_predictor import ModelPredictor
 from triptych.interop.hosted_roles import find_roles

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from triptych.build import build_model
-from triptych.bundle import find_bundle, load_bundle
+from triptych.bundle import compose_preset, find_bundle, load_bundle
+from triptych.errors import ConfigError
 from triptych.models.base import Model
 from triptych.types import ImageRef, Sample, TriptychError, user
 
@@ -128,37 +129,20 @@ def load(
             )
         cfg, adapted = load_bundle(folder)
     else:
-        if Path(name).is_dir():
+        try:
+            cfg = compose_preset(name, overrides)
+        except ConfigError as error:
+            if not Path(name).is_dir():
+                raise
             raise TriptychError(
                 f"'{name}' is no run: it holds no bundle/bundle.json; for a model's folder write "
                 f"'hf:{name}'."
-            )
-        cfg = compose_preset(name, overrides)
+            ) from error
         adapted = build_model(cfg)
     if device is not None:
         adapted.model.to(device)
     adapted.model.eval()
     return Loaded(adapted.model, adapted.model.processor(), cfg)
-
-
-def compose_preset(model: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The training configuration of a preset, composed anywhere on the disk."""
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
-
-    from triptych.cli import conf_dir
-    from triptych.config_check import check_missing, check_overrides
-
-    options = [f"model={model}", *overrides]
-    if model.startswith("hf:"):
-        quoted = model.removeprefix("hf:").replace("\\", "\\\\").replace("'", "\\'")
-        options[0:1] = ["model=hf", f"model.id='{quoted}'"]
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(conf_dir()), job_name="train", version_base="1.3"):
-        checked, _ = check_overrides("train", options)
-        cfg = hydra.compose("train", checked)
-    check_missing(cfg)
-    return cfg
 
 
 def _question(image: Any, prompt: str, number: int) -> Sample:

@@ -8,6 +8,7 @@ bases and the resolved configuration.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ def load_trained(folder: Path, adapted: Adapted) -> None:
     facts = json.loads((folder / "bundle.json").read_text())
     if facts.get("format") != FORMAT:
         raise TriptychError(
-            f"the bundle {folder} has format {facts.get('format')} and this version reads {FORMAT}; "
-            "load it with the version that wrote it."
+            f"the bundle {folder} has format {facts.get('format')} and this version reads "
+            f"{FORMAT}; load it with the version that wrote it."
         )
     for role, known in facts["bases"].items():
         here = adapted.bases.get(role)
@@ -107,8 +108,28 @@ def find_bundle(run: str | Path) -> Path | None:
     return None
 
 
+def compose_preset(model: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The training configuration of a preset, or of "hf:ID_OR_FOLDER", composed anywhere."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    from triptych.cli import conf_dir
+    from triptych.config_check import check_missing, check_overrides
+
+    options = [f"model={model}", *overrides]
+    if model.startswith("hf:"):
+        quoted = model.removeprefix("hf:").replace("\\", "\\\\").replace("'", "\\'")
+        options[0:1] = ["model=hf", f"model.id='{quoted}'"]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(conf_dir()), job_name="train", version_base="1.3"):
+        checked, _ = check_overrides("train", options)
+        cfg = hydra.compose("train", checked)
+    check_missing(cfg)
+    return cfg
+
+
 def trained_tensors(model: Model) -> dict[str, Tensor]:
-    """What training changes, by name: trainable tensors and buffers of parts that are not frozen."""
+    """What training changes, by name: trainable tensors, and buffers of parts not frozen."""
     kept = saved_names(model)
     return {n: t.detach() for n, t in model.state_dict(keep_vars=True).items() if n in kept}
 
