@@ -1,4 +1,4 @@
-"""The bundle: all that a run leaves, loaded with one call and refused on another base.
+"""The bundle: all that a run leaves, and refused on another base.
 
 RUN/bundle/ holds the trained tensors (adapters, projector, heads: whatever the parts table
 trained), the tokenizer with its template, the image transform, the fingerprints of the untouched
@@ -9,49 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from triptych.adapt import fingerprint
 from triptych.build import Adapted, build_model
 from triptych.lit import saved_names
 from triptych.models.base import Model
-from triptych.types import ImageRef, Sample, TriptychError, user
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from triptych.types import TriptychError
 
 FORMAT = 1
-
-
-@dataclass
-class Loaded:
-    """A model ready to be used, trained or not."""
-
-    model: Model
-    processor: Any
-    cfg: DictConfig
-
-    def answer(
-        self, image: str | Path | Image | Sequence, prompt: str, **decoding: Any
-    ) -> str | list[str]:
-        """What the model says of one image (path or picture), or a list for several."""
-        many = isinstance(image, (list, tuple))
-        refs = [_reference(i) for i in (image if many else [image])]
-        samples = [
-            Sample([user(prompt, images=1)], [ref], id=f"{ref.name} {i}")
-            for i, ref in enumerate(refs)
-        ]
-        device = next(self.model.parameters()).device
-        self.model.eval()
-        ids = self.model.generate(self.processor.prompts(samples).to(device), **decoding)
-        answers = self.processor.decode(ids)
-        return answers if many else answers[0]
 
 
 def save_bundle(
@@ -70,6 +41,9 @@ def save_bundle(
     (side / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     if hasattr(processor, "tokenizer"):
         processor.tokenizer.save_pretrained(side / "tokenizer")
+    if hasattr(processor, "save_pretrained"):  # a library's own, with its image side
+        processor.save_pretrained(side / "processor")
+    loader = getattr(processor, "images", None)
     (side / "bundle.json").write_text(
         json.dumps(
             {
@@ -77,7 +51,7 @@ def save_bundle(
                 "bases": adapted.bases,
                 "aliases": aliases,
                 "table": [asdict(row) for row in adapted.table.rows],
-                "transform": vars(processor.images.transform),
+                "transform": vars(loader.transform) if loader else None,
                 **note,
             },
             indent=1,
@@ -87,18 +61,6 @@ def save_bundle(
     shutil.rmtree(folder, ignore_errors=True)
     side.rename(folder)
     return folder
-
-
-def load(run_or_preset: str | Path, overrides: Sequence[str] = (), device: str = "cpu") -> Loaded:
-    """A run directory, a bundle, or a preset such as "llava" or "clip/b32", ready to use."""
-    folder = find_bundle(run_or_preset)
-    if folder is None:
-        cfg = compose_preset(str(run_or_preset), overrides)
-        adapted = build_model(cfg)
-    else:
-        cfg, adapted = load_bundle(folder)
-    adapted.model.to(device).eval()
-    return Loaded(adapted.model, adapted.model.processor(), cfg)
 
 
 def load_bundle(folder: Path) -> tuple[DictConfig, Adapted]:
@@ -147,15 +109,23 @@ def find_bundle(run: str | Path) -> Path | None:
 
 
 def compose_preset(model: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The training configuration of a preset, composed anywhere on the disk."""
-    from hydra import compose, initialize_config_dir
+    """The training configuration of a preset, or of "hf:ID_OR_FOLDER", composed anywhere."""
+    import hydra
     from hydra.core.global_hydra import GlobalHydra
 
     from triptych.cli import conf_dir
+    from triptych.config_check import check_missing, check_overrides
 
+    options = [f"model={model}", *overrides]
+    if model.startswith("hf:"):
+        quoted = model.removeprefix("hf:").replace("\\", "\\\\").replace("'", "\\'")
+        options[0:1] = ["model=hf", f"model.id='{quoted}'"]
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("train", [f"model={model}", *overrides])
+    with hydra.initialize_config_dir(str(conf_dir()), job_name="train", version_base="1.3"):
+        checked, _ = check_overrides("train", options)
+        cfg = hydra.compose("train", checked)
+    check_missing(cfg)
+    return cfg
 
 
 def trained_tensors(model: Model) -> dict[str, Tensor]:
@@ -203,12 +173,3 @@ def init_from(run: str | Path, adapted: Adapted) -> list[str]:
 def _built_on(facts: dict, role: str) -> bool:
     """Whether the bundle lacks tensors of this role, so that its base matters."""
     return any(r["path"].split(".")[0] == role and r["state"] != "full" for r in facts["table"])
-
-
-def _reference(image: Any) -> ImageRef:
-    if isinstance(image, (str, Path)):
-        return ImageRef.from_file(image)
-    return ImageRef.from_picture(image)
-
-
-__all__ = ["Loaded", "load", "load_bundle", "save_bundle", "fingerprint", "init_from"]

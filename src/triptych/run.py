@@ -102,7 +102,8 @@ def fit(
     use_cache(cfg, adapted, data)
     began = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
-    data.processor.images.cached = None  # what is evaluated is encoded anew
+    if hasattr(data.processor, "images"):
+        data.processor.images.cached = None  # what is evaluated is encoded anew
     seconds = time.perf_counter() - began
     print(f"Trained {trainer.global_step:,} steps in {seconds:.0f} s.", flush=True)
 
@@ -195,7 +196,8 @@ def use_cache(cfg: DictConfig, adapted: Adapted, data: DataModule) -> None:
     """Compute the features of a frozen vision encoder once, before training reads them."""
     vision = getattr(adapted.model, "vision", None)
     trained = vision is None or any(p.requires_grad for p in vision.parameters())
-    if trained or not cfg.cache.features:
+    loads = hasattr(data.processor, "images")  # a library's own processor brings no features
+    if trained or not loads or not cfg.cache.features:
         return
     cache = FeatureCache(cache_dir() / "features", vision, adapted.bases["vision"])
     refs = (ref for i in range(len(data.reader)) for ref in data.reader[i].images)

@@ -97,7 +97,7 @@ def _keep(run: Path, role: str) -> None:
     """Write the part in half precision, as the library's own folder layout."""
     import torch
 
-    from triptych.bundle import load
+    from triptych.api import load
 
     part = getattr(load(run).model, role).model
     folder = assets_dir() / "tiny" / role

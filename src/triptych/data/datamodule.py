@@ -19,7 +19,8 @@ class DataModule(pl.LightningDataModule):
     """Training rows of one reader.
 
     batch_size: rows (images with their questions) of a micro-batch. samples_per_row: most samples
-    that share a row. workers: processes that prepare batches; null follows the cores.
+    that share a row (1 for a model whose processor does not pack). workers: processes that prepare
+    batches; null follows the cores.
     """
 
     def __init__(
@@ -42,7 +43,8 @@ class DataModule(pl.LightningDataModule):
         processor.max_length = max_length
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
         self.workers = max(0, (os.cpu_count() or 1) - 1) if workers is None else workers
-        self.plan = RowPlan(train, samples_per_row, draw, seed)
+        packed = samples_per_row if getattr(processor, "packs", True) else 1
+        self.plan = RowPlan(train, packed, draw, seed)
         self.sampler: RowSampler | None = None
         self._resume = (0, 0)
 

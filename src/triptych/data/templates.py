@@ -27,7 +27,13 @@ class Rendered(NamedTuple):
 
 def render(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """The whole dialogue, each assistant turn's words and stop token as a span."""
-    turns = [{"role": m["role"], "content": flatten(m["content"])} for m in messages]
+    return render_turns(
+        [{"role": m["role"], "content": flatten(m["content"])} for m in messages], tokenizer
+    )
+
+
+def render_turns(turns: list[dict], tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """Like `render`, for turns whose content is already what the template takes."""
     if MARKS.search(template(tokenizer)):
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -44,6 +50,11 @@ def render(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> Rendered
 def render_prompt(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> str:
     """The dialogue up to where the assistant is to speak."""
     turns = [{"role": m["role"], "content": flatten(m["content"])} for m in messages]
+    return render_prompt_turns(turns, tokenizer)
+
+
+def render_prompt_turns(turns: list[dict], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Like `render_prompt`, for turns whose content is already what the template takes."""
     return _text(turns, tokenizer, prompt=True)
 
 
@@ -69,7 +80,7 @@ def template(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         raise TriptychError(
             f"the tokenizer '{tokenizer.name_or_path}' has no chat template; set "
-            "model.language.template to a .jinja file."
+            "model.language.template (with model=hf: model.template) to a .jinja file."
         )
     return tokenizer.chat_template
 
@@ -85,7 +96,7 @@ def _by_prefixes(turns: list[dict], tokenizer: PreTrainedTokenizerBase) -> Rende
             raise TriptychError(
                 f"the chat template of '{tokenizer.name_or_path}' rewrites earlier turns, so that "
                 "what the assistant says cannot be told apart; add {% generation %} marks to it "
-                "and set model.language.template."
+                "and set model.language.template (with model=hf: model.template)."
             )
         spans.append((len(before), _after_stop(after, len(before), tokenizer)))
     return Rendered(full, spans)

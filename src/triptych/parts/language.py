@@ -14,7 +14,7 @@ from triptych.parts.pretrained import load_model, read_config, resolve
 from triptych.types import SHARED, Tokens, TriptychError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 class LanguageModel(nn.Module):
@@ -83,11 +83,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(...,V) from (...,D): the head with the scale and cap its config states."""
-        logits = self.head(hidden)
-        logits = logits * (getattr(self.config, "logit_scale", None) or 1.0)  # Cohere
-        logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)  # Granite
-        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return finish_logits(self.head(hidden), self.config)
 
     def generate(
         self,
@@ -136,6 +132,14 @@ class LanguageModel(nn.Module):
         stated = self.model.generation_config.eos_token_id
         listed = stated if isinstance(stated, list) else [stated]
         return sorted({i for i in [self.tokenizer.eos_token_id, *listed] if i is not None})
+
+
+def finish_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:
+    """What a decoder does to the output of its head, as its config states it."""
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def load_tokenizer(

@@ -63,11 +63,13 @@ def load_model(
     revision: str | None = None,
     attention: str = "sdpa",
     dtype: str = "float32",
+    device_map: str | None = None,
 ) -> PreTrainedModel:
     """Build a library model and fill it from safetensors; a missing tensor is an error.
 
     Without weights, or under `torch.device("meta")`, the model is only built. `auto` is an Auto
     class or a model class (some towers, such as SigLIP's text model, have no Auto entry).
+    device_map "auto" spreads the weights over what devices there are.
     """
     built = auto._model_mapping[type(config)] if hasattr(auto, "_model_mapping") else auto
     if attention == "sdpa" and not built._supports_sdpa:
@@ -83,6 +85,7 @@ def load_model(
         output_loading_info=True,
         use_safetensors=True,
         trust_remote_code=False,
+        device_map=device_map,
         **kwargs,
     )
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])

@@ -1,0 +1,208 @@
+"""Small random folders of library models: weights, processor, tokenizer and template, made here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+CORPUS = [
+    "what color is the shape? red green blue black gray teal brown yellow",
+    "is there a circle in the image? yes no triangle rectangle",
+    "You are a helpful assistant. user assistant User Assistant system",
+]
+# As the checkpoints' own templates are written: content in parts, no generation marks.
+QWEN_TEMPLATE = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n"
+    "{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SMOL_TEMPLATE = (
+    "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}"
+    "{% if m.content[0].type == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+QWEN = ["<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+QWEN += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+SMOL = ["<pad>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>"]
+SMOL += ["<global-img>", "<video>", *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2))]
+GEMMA = ["<pad>", "<eos>", "<bos>", "<image>"]
+DECODER = {
+    "hidden_size": 64,  # 4-bit layers are read in blocks of 64
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def tokenizer(special: list[str], **named: str):
+    """A byte-level BPE tokenizer with these special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=special,
+        show_progress=False,
+    )
+    core.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", **named)
+
+
+def qwen(folder: Path) -> None:
+    """Qwen2.5-VL: dynamic sizes, M-RoPE, the connector (merger) inside the encoder."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    words = tokenizer(QWEN, eos_token="<|im_end|>")
+    ids = words.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **DECODER,
+            "vocab_size": len(words),
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+            "eos_token_id": words.eos_token_id,
+            "pad_token_id": words.pad_token_id,
+            "bos_token_id": None,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 4,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+            "window_size": 32,
+        },
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+    )
+    sizes = {"patch_size": 8, "size": {"shortest_edge": 256, "longest_edge": 4096}}
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(**sizes),
+        words,
+        Qwen2VLVideoProcessor(**sizes),
+        chat_template=QWEN_TEMPLATE,
+    )
+    _save(folder, Qwen2_5_VLForConditionalGeneration(config), processor)
+
+
+def smolvlm(folder: Path) -> None:
+    """SmolVLM: images in tiles, padded to the most images of a row, with a pixel mask."""
+    from transformers import (
+        SmolVLMConfig,
+        SmolVLMForConditionalGeneration,
+        SmolVLMImageProcessor,
+        SmolVLMProcessor,
+        SmolVLMVideoProcessor,
+    )
+
+    words = tokenizer(SMOL, eos_token="<end_of_utterance>", bos_token="<|im_start|>")
+    config = SmolVLMConfig(
+        text_config={
+            "model_type": "llama",
+            **DECODER,
+            "vocab_size": len(words),
+            "eos_token_id": words.eos_token_id,
+            "pad_token_id": words.pad_token_id,
+            "bos_token_id": words.bos_token_id,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        scale_factor=2,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        pad_token_id=words.pad_token_id,
+    )
+    sizes = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}}
+    processor = SmolVLMProcessor(
+        SmolVLMImageProcessor(**sizes, do_image_splitting=False),
+        words,
+        SmolVLMVideoProcessor(**sizes),
+        image_seq_len=4,
+        chat_template=SMOL_TEMPLATE,
+    )
+    _save(folder, SmolVLMForConditionalGeneration(config), processor)
+
+
+def paligemma(folder: Path) -> None:
+    """PaliGemma: no template; a bidirectional prefix of image and question, a causal suffix."""
+    from transformers import (
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+        PaliGemmaProcessor,
+        SiglipImageProcessor,
+    )
+
+    words = tokenizer(GEMMA, eos_token="<eos>", bos_token="<bos>")
+    images = SiglipImageProcessor(size={"height": 32, "width": 32})
+    images.image_seq_length = 16
+    processor = PaliGemmaProcessor(images, words)  # adds its location tokens
+    config = PaliGemmaConfig(
+        text_config={
+            "model_type": "gemma",
+            **DECODER,
+            "head_dim": 16,
+            "vocab_size": len(words),
+            "eos_token_id": words.eos_token_id,
+            "pad_token_id": words.pad_token_id,
+            "bos_token_id": words.bos_token_id,
+        },
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+            "vision_use_head": False,
+        },
+        projection_dim=64,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        pad_token_id=words.pad_token_id,
+    )
+    _save(folder, PaliGemmaForConditionalGeneration(config), processor)
+
+
+BUILDERS = {"qwen2_5_vl": qwen, "smolvlm": smolvlm, "paligemma": paligemma}
+
+
+def build_all(folder: Path) -> dict[str, Path]:
+    """One folder a model, by name."""
+    for name, builder in BUILDERS.items():
+        torch.manual_seed(0)
+        builder(folder / name)
+    return {name: folder / name for name in BUILDERS}
+
+
+def _save(folder: Path, model: torch.nn.Module, processor: object) -> None:
+    with torch.no_grad():  # large enough that untrained answers differ between prompts
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2 if "embed" in name or "head" in name else 8)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
