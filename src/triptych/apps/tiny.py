@@ -99,21 +99,21 @@ def _keep(run: Path, role: str) -> None:
 
     from triptych.api import load
 
-    part = getattr(load(run).model, role).model
+    part = getattr(load(run).model, role)
     folder = assets_dir() / "tiny" / role
-    part.to(torch.float16).save_pretrained(folder)
+    part.model.to(torch.float16).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = "float32"  # stored in half precision, used in single
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if role == "vision":
-        size = config["image_size"]
+        height, width = part.transform.size
         preprocessor = {
             "do_resize": True,
             "do_center_crop": False,
-            "size": {"height": size, "width": size},
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-            "resample": 3,
+            "size": {"height": height, "width": width},
+            "image_mean": part.transform.mean,
+            "image_std": part.transform.std,
+            "resample": int(part.transform.resample),
         }
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
 
