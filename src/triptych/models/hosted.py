@@ -109,6 +109,7 @@ class HostedVLM(Model):
         self.connector = Borrowed(library, roles["connector"])
         self.language = HostedLanguage(library, roles["language"])
         self._checked = False
+        self._stop: int | None = None  # the tokenizer's own end, known with the processor
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states (B,T,D), as the class gives them to its head."""
@@ -137,7 +138,7 @@ class HostedVLM(Model):
             **({} if decoding.get("do_sample") else greedy),
             **decoding,
         }
-        ids = self.library.generate(**inputs, pad_token_id=self._pad(), **settings)
+        ids = self.library.generate(**inputs, **{**self._ends(), **settings})
         prompt = inputs["input_ids"]  # (B,T)
         length = prompt.shape[1]
         # classes that generate from embeddings return the new tokens alone
@@ -146,21 +147,27 @@ class HostedVLM(Model):
 
     def processor(self) -> HostedProcessor:
         """What turns samples into batches: the model's own processor and template."""
-        return HostedProcessor.of(self.id, self.revision, self.template)
+        processor = HostedProcessor.of(self.id, self.revision, self.template)
+        self._stop = processor.tokenizer.eos_token_id
+        return processor
 
     def train(self, mode: bool = True) -> HostedVLM:
         self.library.train(mode)  # also the containers that no role holds
         super().train(mode)
         return self
 
-    def _pad(self) -> int | None:
+    def _ends(self) -> dict[str, Any]:
+        """Padding and the tokens that end an answer: the checkpoint's and the tokenizer's."""
         stated = self.library.generation_config
-        ends = stated.eos_token_id
-        return (
-            stated.pad_token_id
-            if stated.pad_token_id is not None
-            else (ends[0] if isinstance(ends, list) else ends)
+        listed = (
+            stated.eos_token_id if isinstance(stated.eos_token_id, list) else [stated.eos_token_id]
         )
+        ends = sorted({i for i in [*listed, self._stop] if i is not None})
+        pad = stated.pad_token_id
+        return {
+            "eos_token_id": ends or None,
+            "pad_token_id": ends[0] if pad is None and ends else pad,
+        }
 
     def _check_finish(self, probe: Tensor, logits: Tensor) -> None:
         """Compare what the class does behind its head with `finish`, once, on one column."""
