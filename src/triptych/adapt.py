@@ -117,7 +117,8 @@ def quantize(part: nn.Module, how: Quantization, skip: set[str]) -> None:
 def add_lora(model: Model, path: str, table: PartsTable, lora: LoraConfig, quantized: bool) -> None:
     """Wrap the linear layers of one part in LoRA, chosen by role and full name.
 
-    lora.target_modules: null = every linear layer but the output head; else name endings.
+    lora.target_modules: null = every linear layer but the output head (every convolution of a
+    tower that has no linear layer); else name endings.
     """
     from copy import copy
 
@@ -129,7 +130,7 @@ def add_lora(model: Model, path: str, table: PartsTable, lora: LoraConfig, quant
     skip = head_names(part)
     names = [
         name
-        for name, _ in _linears(part)
+        for name in _adaptable(part)
         if name not in skip
         and table.state(f"{path}.{name}") == "lora"
         and (not wanted or name.split(".")[-1] in wanted or name in wanted)
@@ -137,8 +138,8 @@ def add_lora(model: Model, path: str, table: PartsTable, lora: LoraConfig, quant
     if not names:
         asked = f"named {', '.join(sorted(wanted))}" if wanted else "to adapt"
         raise TriptychError(
-            f"LoRA on '{path}' found no linear layer {asked}; its layers end in "
-            f"{', '.join(sorted({n.split('.')[-1] for n, _ in _linears(part)})) or 'none'}."
+            f"LoRA on '{path}' found no layer {asked}; its layers end in "
+            f"{', '.join(sorted({n.split('.')[-1] for n in _adaptable(part)})) or 'none'}."
         )
     part.is_loaded_in_4bit = quantized and _holds(part, "Linear4bit")
     part.is_loaded_in_8bit = quantized and _holds(part, "Linear8bitLt")
@@ -208,6 +209,12 @@ def numel(parameter: Tensor) -> int:
 
 def _linears(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((n, m) for n, m in part.named_modules() if isinstance(m, nn.Linear))
+
+
+def _adaptable(part: nn.Module) -> list[str]:
+    """Layers LoRA can wrap: the linear ones, or the convolutions of a tower without any."""
+    linear = [name for name, _ in _linears(part)]
+    return linear or [n for n, m in part.named_modules() if isinstance(m, nn.Conv2d)]
 
 
 def _holds(part: nn.Module, kind: str) -> bool:

@@ -65,7 +65,7 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
     facts = {**system_info(cfg), "table": [vars(row) for row in adapted.table.rows]}
     (folder / "system.json").write_text(json.dumps(facts, indent=1, default=str))
     predictor = ModelPredictor(adapted.model, processor, batch_size=cfg.eval.batch_size)
-    benchmarks = build_benchmarks(cfg.benchmark)
+    benchmarks = build_benchmarks(cfg.get("benchmark"))
     trainer = build_trainer(cfg, folder, optim.clip, EvaluateSlice(predictor, benchmarks, cfg.eval))
     print(forecast.before_run(cfg, data, trainer.precision, overrides), flush=True)
     exit_code = 1
@@ -115,13 +115,13 @@ def evaluate_only(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) 
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     if (cfg.run is None) == (cfg.model is None):
         raise TriptychError("give run=DIR to score a run, or model=NAME to score a preset.")
-    chosen = cfg.benchmark
+    chosen = cfg.get("benchmark")
     if cfg.run is not None:
         bundle = find_bundle(cfg.run)
         if bundle is None:
             raise TriptychError(f"run={cfg.run} is no run: it holds no bundle/bundle.json.")
         trained, adapted = load_bundle(bundle)
-        chosen = chosen or trained.benchmark
+        chosen = chosen or trained.get("benchmark")
     else:
         adapted = build_model(cfg, asked=parts_asked(overrides))
     processor = adapted.model.processor()
