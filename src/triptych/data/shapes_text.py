@@ -209,7 +209,7 @@ def _fill(rng: Generator, templates: Sequence[str], x: str) -> str:
 
 def _exists(scene: Scene, rng: Generator) -> Question:
     """Is there such an object? One that is there and one that is not are equally frequent."""
-    there, negated = bool(rng.random() < 0.5), bool(rng.random() < 0.4)
+    there, negated = bool(rng.random() < 0.5), bool(rng.random() < 0.2)
     level = int(rng.integers(3))  # 0: colour, 1: shape, 2: both
     while True:
         o = pick(rng, scene.objects)
