@@ -74,7 +74,7 @@ class Forecast:
         else:
             lines.append(
                 f"activations {_gib(self.activations).strip()}, peak {_gib(self.peak).strip()} "
-                "(libraries and evaluation not counted)"
+                "(tensors of training; not the libraries, nor blocks the allocator keeps)"
             )
         if gpu_gb is not None and not self.problem:
             verdict = "fits" if self.fits(gpu_gb) else "does NOT fit"
@@ -93,15 +93,16 @@ def dry_run(cfg: DictConfig, overrides: Sequence[str]) -> Forecast:
     return forecast(cfg, adapted, batch, precision)
 
 
-def before_run(cfg: DictConfig, data: DataModule, precision: str, overrides: Sequence[str]) -> str:
+def before_run(cfg: DictConfig, data: DataModule, precision: str) -> str:
     """The forecast of a run with its data, as text: the longest rows stand for its largest batch.
 
-    The peak is of tensors; on Linux the process keeps freed blocks beside them unless it is started
-    with MALLOC_TRIM_THRESHOLD_=0. Never stops a run, and leaves its random state alone.
+    Called when the feature cache is filled, whose features then stand for the pixels. The peak is
+    of tensors; on Linux the process keeps freed blocks beside them (`hardware.keep_memory`), so its
+    resident memory may be twice as large. Never stops a run, and leaves its random state alone.
     """
     with torch.random.fork_rng(devices=[]):
         try:
-            adapted = build_model(cfg, asked=parts_asked(overrides), meta=True)
+            adapted = build_model(cfg, meta=True)
             return forecast(cfg, adapted, largest(data), precision).text()
         except Exception as error:  # a part that cannot be built on "meta" still trains
             return f"memory forecast: not possible ({' '.join(str(error).split())[:200]})"

@@ -67,7 +67,6 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
     predictor = ModelPredictor(adapted.model, processor, batch_size=cfg.eval.batch_size)
     benchmarks = build_benchmarks(cfg.get("benchmark"))
     trainer = build_trainer(cfg, folder, optim.clip, EvaluateSlice(predictor, benchmarks, cfg.eval))
-    print(forecast.before_run(cfg, data, trainer.precision, overrides), flush=True)
     exit_code = 1
     try:
         adapted.model.to(trainer.strategy.root_device)
@@ -100,6 +99,7 @@ def fit(
     """Train from the start, or from the last checkpoint of this directory."""
     start = latest(folder / "checkpoints") if cfg.ckpt == "last" else None
     use_cache(cfg, adapted, data)
+    print(forecast.before_run(cfg, data, trainer.precision), flush=True)
     began = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
     if hasattr(data.processor, "images"):
