@@ -159,7 +159,7 @@ class ModelPredictor:
         hidden = self.model(batch)  # (B,T,D)
         row, column, segment = _last_answers(tokens)  # (N,) each
         reads_on = self.model.language.attention != "bidirectional"
-        before = predecessors(tokens)[row, column] if reads_on else column  # a mask is its own place
+        before = predecessors(tokens)[row, column] if reads_on else column  # masks: their own
         labels = tokens.labels[row, column]
         chances = torch.cat(
             [

@@ -33,7 +33,7 @@ class MaskedLanguageModel(LanguageModel):
         if len(tokenizer) > self.config.vocab_size:
             raise TriptychError(
                 f"the tokenizer has {len(tokenizer)} tokens with its mask and "
-                f"language.config.vocab_size is {self.config.vocab_size}; make it at least as large."
+                f"language.config.vocab_size is {self.config.vocab_size}; make it as large."
             )
         return tokenizer
 

@@ -45,7 +45,9 @@ class VisionEncoder(nn.Module):
             raise TriptychError(f"vision.select is '{select}'; it takes patch or cls_patch.")
         auto = get_class(model_class) if model_class else AutoModel
         self.config = read_config(config, weights, "vision_config")
-        self.model = load_model(auto, self.config, weights, revision, attention, dtype, prefix=prefix)
+        self.model = load_model(
+            auto, self.config, weights, revision, attention, dtype, prefix=prefix
+        )
         self.layer, self.select = layer, select
         self.transform = transform or ImageTransform.of(weights, self.config)
         self._auto = auto
