@@ -82,6 +82,9 @@ def adapt(
         floating = parameter.is_floating_point()
         parameter.requires_grad_(state == "full" and floating)
     _mark_frozen(model)
+    for path in table.roles("ema"):
+        for module in model.get_submodule(path).modules():
+            module._triptych_slow = True  # changes without gradient, so it is saved and not audited
     model.train()
 
 
@@ -166,7 +169,14 @@ def fingerprint(part: nn.Module) -> str:
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that training must leave alone."""
-    return ((n, p) for n, p in model.named_parameters() if not p.requires_grad)
+    slow = slow_names(model)
+    return ((n, p) for n, p in model.named_parameters() if not p.requires_grad and n not in slow)
+
+
+def slow_names(model: nn.Module) -> set[str]:
+    """Names of tensors and buffers of parts in state `ema`: they follow others by averaging."""
+    owners = ((p, m) for p, m in model.named_modules() if getattr(m, "_triptych_slow", False))
+    return {f"{path}.{name}" for path, m in owners for name in (*m._parameters, *m._buffers)}
 
 
 def table_text(model: Model, table: PartsTable, rates: dict[str, float]) -> str:

@@ -172,4 +172,6 @@ def init_from(run: str | Path, adapted: Adapted) -> list[str]:
 
 def _built_on(facts: dict, role: str) -> bool:
     """Whether the bundle lacks tensors of this role, so that its base matters."""
-    return any(r["path"].split(".")[0] == role and r["state"] != "full" for r in facts["table"])
+    carried = ("full", "ema")
+    rows = (r for r in facts["table"] if r["path"].split(".")[0] == role)
+    return any(r["state"] not in carried for r in rows)

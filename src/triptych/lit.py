@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from triptych.adapt import slow_names
 from triptych.distributed import world
 from triptych.models.base import Model
 from triptych.objectives.base import Objective
@@ -90,13 +91,15 @@ class LitVLM(pl.LightningModule):
 
 
 def saved_names(module: torch.nn.Module) -> set[str]:
-    """Names a checkpoint must hold: trainable tensors and buffers of modules that train."""
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    """Names a checkpoint must hold: tensors that train or follow, buffers of such modules."""
+    slow = slow_names(module)
+    trained = {n for n, p in module.named_parameters() if p.requires_grad or n in slow}
     modules = dict(module.named_modules())
     persistent = {
         name
         for name in _buffers(module)
-        if not getattr(modules[name.rpartition(".")[0]], "_triptych_frozen", False)
+        if name in slow
+        or not getattr(modules[name.rpartition(".")[0]], "_triptych_frozen", False)
     }
     return trained | persistent
 

@@ -71,6 +71,8 @@ def merge(
     if skipped and fallback and not any(has(model, p) for p in preset if p != "*"):
         preset = fallback
     chosen = {p: s for p, s in _expand(model, preset).items() if has(model, p)}
+    averaged = [p for p, r in rows.items() if r.state == "ema"]  # a teacher is never a student
+    chosen = {p: s for p, s in chosen.items() if p not in averaged}
     for path, state in chosen.items():
         kept = ("frozen", "ema")
         below = [p for p, r in rows.items() if p.startswith(path + ".") and r.state not in kept]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from triptych.evaluation.planning import plan
 from triptych.evaluation.predictor import Score
+from triptych.objectives.tokens import written
 from triptych.parts.attention import predecessors
 from triptych.types import (
     IGNORE,
@@ -66,7 +67,7 @@ class ModelPredictor:
 
         def collate(rows: Sequence[int]) -> Batch:
             batch = self.processor.prompts([samples[row] for row in rows])
-            cut = self._reached(batch.text["language"].mask.sum(1))  # (B,)
+            cut = self._reached(written(batch).mask.sum(1))  # (B,)
             for row, long in zip(rows, cut.tolist(), strict=True):
                 if long:
                     raise DataError(self._too_long(f"the prompt of sample '{samples[row].id}'"))
@@ -154,10 +155,11 @@ class ModelPredictor:
 
     def _answer_sums(self, batch: Batch) -> tuple[list[float], list[int]]:
         """Log-likelihood and tokens of the last answer of every segment, in reading order."""
-        tokens = batch.text["language"]
+        tokens = written(batch)
         hidden = self.model(batch)  # (B,T,D)
         row, column, segment = _last_answers(tokens)  # (N,) each
-        before = predecessors(tokens)[row, column]
+        reads_on = self.model.language.attention != "bidirectional"
+        before = predecessors(tokens)[row, column] if reads_on else column  # masks: their own
         labels = tokens.labels[row, column]
         chances = torch.cat(
             [

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from triptych.types import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-ROLES = ("vision", "connector", "language", "text", "fusion", "heads")
+ROLES = ("vision", "connector", "language", "text", "fusion", "heads", "momentum")
 
 
 class Model(nn.Module):
@@ -43,6 +43,10 @@ class Model(nn.Module):
             if mode and getattr(module, "_triptych_frozen", False):
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
         return self
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(...,V) from (...,D) by the head of the part that writes."""
+        return self.language.logits(hidden)
 
     def after_step(self, batch: Batch) -> None:
         """Called when the optimizer has stepped; momentum teachers and queues update here."""

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from triptych.data.instruct import InstructProcessor, InstructSeq2SeqProcessor, Seq2SeqProcessor
 from triptych.data.processor import ChatProcessor, ImageLoader
+from triptych.data.tagged import TaggedProcessor
 from triptych.models.base import Model
 from triptych.parts.language import LanguageModel
 from triptych.parts.vision import VisionEncoder
 from triptych.types import PAD, SHARED, Batch, ImageFeatures, VisualTokens
+
+PROCESSORS = {  # (how the language model attends, whether the connector reads the instruction)
+    ("causal", False): ChatProcessor,
+    ("causal", True): InstructProcessor,
+    ("seq2seq", False): Seq2SeqProcessor,
+    ("seq2seq", True): InstructSeq2SeqProcessor,
+    ("bidirectional", False): TaggedProcessor,
+}
+Flat = TypeVar("Flat", ImageFeatures, VisualTokens)
 
 
 class VLM(Model):
@@ -20,6 +31,7 @@ class VLM(Model):
 
     connector: a config partial, finished here with the widths the parts state.
     fusion: Prefix (LLaVA, BLIP-2, MiniGPT-4, Qwen-VL) or Gated (Flamingo).
+    heads: what else is read off the language model's states (OSCAR's tag match).
     """
 
     def __init__(
@@ -28,28 +40,32 @@ class VLM(Model):
         connector: Callable[[int, int], nn.Module],
         language: LanguageModel,
         fusion: nn.Module,
+        heads: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.vision = vision
         self.connector = connector(vision.dim, language.dim)
         self.language = language
         self.fusion = fusion
+        self.fusion.attach(language, getattr(self.connector, "out_dim", language.dim))
+        self.heads = heads and heads(language.dim)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Hidden states (B,T,D) of the language rows."""
+        """Hidden states (B,T,D) of the language rows, or of the decoder's if it has one."""
         tokens = batch.text["language"]
         embeds = self.language.embed(tokens)  # (B,T,D)
         media = None
         if batch.slots is not None and len(batch.slots):
             visual = self.visual(batch)  # (sum Q, D), one entry a slot
             embeds, media = self.fusion(embeds, visual, batch)
-        return self.language(embeds, tokens, media=media)
+        return self.language(embeds, tokens, media=media, decoder=batch.text.get("decoder"))
 
     def visual(self, batch: Batch) -> VisualTokens:
         """Encode the U distinct images once and spread them over the S slots."""
-        features = self.features(batch)  # (sum P, D)
-        visual = self.connector(features, batch.text.get("text"))  # (sum Q, D)
-        return visual if self.connector.reads_text else spread(visual, batch.slots[:, 0])
+        features, images = self.features(batch), batch.slots[:, 0]  # (sum P, D), (S,)
+        if self.connector.reads_text:  # a slot has its own text, so its image is read anew
+            return self.connector(spread(features, images), batch.text["text"])
+        return spread(self.connector(features), images)  # (sum Q, D)
 
     def features(self, batch: Batch) -> ImageFeatures:
         """Vision tokens of the distinct images: cached ones, or computed now."""
@@ -62,13 +78,21 @@ class VLM(Model):
         embeds, media = self.language.embed(tokens), None
         if batch.slots is not None and len(batch.slots):
             embeds, media = self.fusion(embeds, self.visual(batch), batch)
-        return self.language.generate(embeds, tokens, media, first_alike(batch), **decoding)
+        # rows may share what they read of an image, unless it depends on their own question
+        first = None if self.connector.reads_text else first_alike(batch)
+        return self.language.generate(embeds, tokens, media, first, **decoding)
 
-    def processor(self) -> ChatProcessor:
+    def processor(self) -> ChatProcessor | TaggedProcessor:
         """What turns samples into batches of this model."""
-        transform = self.vision.transform
-        loader = ImageLoader(transform)
-        return ChatProcessor(self.language.tokenizer, loader, self.placeholders(*transform.size))
+        make = getattr(self.vision, "loader", None)
+        loader = make() if make else ImageLoader(self.vision.transform)
+        language, more = self.language, {}
+        if language.attention == "seq2seq":
+            more["start_id"] = language.start_id
+        if self.connector.reads_text:
+            more["read"] = self.connector.encode
+        kind = PROCESSORS[language.attention, self.connector.reads_text]
+        return kind(language.tokenizer, loader, self.placeholders(*loader.transform.size), **more)
 
     def placeholders(self, height: int, width: int) -> int:
         """Placeholder ids an image of this size takes in a row."""
@@ -76,13 +100,14 @@ class VLM(Model):
         return self.fusion.placeholders(self.connector.num_tokens(tokens))
 
 
-def spread(visual: VisualTokens, images: Tensor) -> VisualTokens:
+def spread(visual: Flat, images: Tensor) -> Flat:
     """From one entry an image (U) to one entry a slot (S), in reading order."""
     starts = visual.counts.cumsum(0) - visual.counts  # (U,)
     counts = visual.counts[images]  # (S,)
     offsets = torch.arange(int(counts.sum()), device=images.device)
     offsets = offsets - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return VisualTokens(visual.tokens[starts[images].repeat_interleave(counts) + offsets], counts)
+    tokens = visual.tokens[starts[images].repeat_interleave(counts) + offsets]
+    return type(visual)(tokens, counts)
 
 
 def first_alike(batch: Batch) -> Tensor:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from triptych.objectives.base import Objective
 from triptych.parts.attention import predecessors
-from triptych.types import IGNORE, Batch, Term
+from triptych.types import IGNORE, Batch, Term, Tokens
 
 
 class NextToken(Objective):
@@ -26,26 +26,64 @@ class NextToken(Objective):
         self.chunk = chunk
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        return {"next_token": int((batch.text["language"].labels != IGNORE).sum())}
+        return {"next_token": int((written(batch).labels != IGNORE).sum())}
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
-        tokens = batch.text["language"]
+        tokens = written(batch)
         hidden = model(batch)  # (B,T,D)
         rows, columns = (tokens.labels != IGNORE).nonzero(as_tuple=True)  # (N,)
         before = predecessors(tokens)[rows, columns]  # the one shift of labels
         scored, labels = hidden[rows, before], tokens.labels[rows, columns]  # (N,D), (N,)
-        return {"next_token": Term(chunked_nll(model.language.logits, scored, labels, self.chunk))}
+        return {"next_token": Term(chunked_nll(model.logits, scored, labels, self.chunk))}
+
+
+def written(batch: Batch) -> Tokens:
+    """The rows a model is to write: the decoder's if it has one, else the language rows."""
+    return batch.text.get("decoder") or batch.text["language"]
 
 
 def chunked_nll(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, chunk: int
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    labels: Tensor,
+    chunk: int,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Sum of -log p(label) over (N,D) states, in float32; memory follows chunk x V, not N x V."""
 
     def nll(states: Tensor, gold: Tensor) -> Tensor:
-        return F.cross_entropy(head(states).float(), gold, reduction="sum")
+        logits = head(states).float()
+        return F.cross_entropy(logits, gold, reduction="sum", label_smoothing=smoothing)
 
     if len(labels) <= chunk:
         return nll(hidden, labels)
     parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
     return torch.stack([checkpoint(nll, h, y, use_reentrant=False) for h, y in parts]).sum()
+
+
+class MaskedTags(Objective):
+    """Cross-entropy of masked tokens, and of whether the tags belong to the image (OSCAR).
+
+    A row's first state answers the second question (arXiv 2004.06165, equations 2 to 4); rows of
+    questions have none and train the first term alone.
+    """
+
+    def __init__(self, chunk: int = 1024) -> None:
+        super().__init__()
+        self.chunk = chunk
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        masked = {"masked": int((batch.text["language"].labels != IGNORE).sum())}
+        return masked | ({"tags": len(batch.samples)} if "match" in batch.text else {})
+
+    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
+        tokens = batch.text["language"]
+        hidden = model(batch)  # (B,T,D)
+        masked = tokens.labels != IGNORE  # (B,T)
+        nll = chunked_nll(model.logits, hidden[masked], tokens.labels[masked], self.chunk)
+        terms = {"masked": Term(nll)}
+        if "match" in batch.text:
+            flags = batch.text["match"].labels[:, 0]  # (B,) 1 = polluted
+            logits = model.heads(hidden[:, 0])  # (B,2)
+            terms["tags"] = Term(F.cross_entropy(logits.float(), flags, reduction="sum"))
+        return terms

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from triptych.types import PAD, SHARED, Tokens
+from triptych.types import PAD, SHARED, ImageFeatures, Tokens
 
 Attention = Literal["causal", "bidirectional"]
 
@@ -30,9 +30,7 @@ def visible(tokens: Tokens, attention: Attention) -> Tensor:
 def additive_mask(tokens: Tokens, attention: Attention, dtype: torch.dtype) -> Tensor:
     """(B,1,T,T) 0 where visible and the smallest number elsewhere, as the library models take."""
     seen = visible(tokens, attention)[:, None]
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-        ~seen, torch.finfo(dtype).min
-    )
+    return additive(seen, dtype)
 
 
 def predecessors(tokens: Tokens) -> Tensor:
@@ -47,3 +45,21 @@ def predecessors(tokens: Tokens) -> Tensor:
     same[:, 1:] = segments[:, 1:] == segments[:, :-1]
     first = torch.where(segments > 0, before.expand_as(segments), -1)
     return torch.where(segments == PAD, -1, torch.where(same, index - 1, first))
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where True and the smallest number elsewhere; a mask that eager and sdpa both take."""
+    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return zeros.masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def padded(features: ImageFeatures) -> tuple[Tensor, Tensor | None]:
+    """Flat vision tokens (sum P, D) as (U,P,D), and (U,P) which are real; None if all are."""
+    counts = features.counts
+    images, longest = len(counts), int(counts.max())
+    if len(features.tokens) == images * longest:
+        return features.tokens.view(images, longest, -1), None
+    real = torch.arange(longest, device=counts.device) < counts[:, None]  # (U,P)
+    states = features.tokens.new_zeros(images, longest, features.tokens.shape[-1])
+    states[real] = features.tokens
+    return states, real

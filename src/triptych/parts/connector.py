@@ -55,3 +55,40 @@ class MLPConnector(nn.Module):
         r, side = self.shuffle, math.isqrt(len(tokens))
         grid = tokens.view(side // r, r, side // r, r, -1)  # (h,r,w,r,D)
         return grid.permute(0, 2, 1, 3, 4).reshape((side // r) ** 2, -1)
+
+
+class RegionConnector(nn.Module):
+    """One linear layer with norm and dropout, from region features to the width of BERT (OSCAR).
+
+    (Oscar `modeling_bert.py`: img_embedding, and its optional norm with `norm_eps`.)
+    """
+
+    reads_text = False
+
+    def __init__(
+        self, vision_dim: int, language_dim: int, dropout: float = 0.1, norm_eps: float = 1e-12
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Linear(vision_dim, language_dim)
+        self.norm = nn.LayerNorm(language_dim, eps=norm_eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: ImageFeatures, text: Tokens | None = None) -> VisualTokens:
+        tokens = self.proj(features.tokens.to(self.proj.weight.dtype))  # (sum P, D)
+        return VisualTokens(self.dropout(self.norm(tokens)), features.counts)
+
+    def num_tokens(self, n: int) -> int:
+        """A region stays a token."""
+        return n
+
+
+class StateHead(nn.Module):
+    """A BERT pooler and a classifier over one state (B,D): [CLS] says whether tags match."""
+
+    def __init__(self, dim: int, classes: int = 2) -> None:
+        super().__init__()
+        self.pool, self.classify = nn.Linear(dim, dim), nn.Linear(dim, classes)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """(B,classes)"""
+        return self.classify(self.pool(state).tanh())

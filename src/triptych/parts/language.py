@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ class LanguageModel(nn.Module):
     """
 
     attention = "causal"
+    auto = "AutoModelForCausalLM"
 
     def __init__(
         self,
@@ -36,12 +39,11 @@ class LanguageModel(nn.Module):
         dtype: str = "float32",
     ) -> None:
         super().__init__()
-        from transformers import AutoModelForCausalLM
+        import transformers
 
         self.config = read_config(config, weights, "text_config")
-        self.model = load_model(
-            AutoModelForCausalLM, self.config, weights, revision, implementation, dtype
-        )
+        auto = getattr(transformers, self.auto)
+        self.model = load_model(auto, self.config, weights, revision, implementation, dtype)
         self._tokenizer, self._template, self._revision = tokenizer or weights, template, revision
         self.unused: tuple[str, ...] = ()
 
@@ -60,6 +62,12 @@ class LanguageModel(nn.Module):
         return load_tokenizer(self._tokenizer, self._template, self._revision)
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder's blocks in order."""
+        lists = [m for m in self.model.base_model.modules() if isinstance(m, nn.ModuleList)]
+        return max(lists, key=len)
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether there is a folder or hub id to take a tokenizer from."""
         return self._tokenizer is not None
@@ -72,13 +80,19 @@ class LanguageModel(nn.Module):
         """(B,T,D); placeholder ids (below 0) embed as token 0 and are overwritten by the fusion."""
         return self.model.get_input_embeddings()(tokens.ids.clamp_min(0))
 
-    def forward(self, embeds: Tensor, tokens: Tokens, media: Any = None) -> Tensor:
-        """Hidden states (B,T,D) after the final norm; segments never see each other."""
+    def forward(
+        self, embeds: Tensor, tokens: Tokens, media: Any = None, decoder: Tokens | None = None
+    ) -> Tensor:
+        """Hidden states (B,T,D) after the final norm; segments never see each other.
+
+        media: what a gated fusion shows to the blocks it is attached to.
+        """
         return self.model.base_model(
             inputs_embeds=embeds,
             attention_mask=additive_mask(tokens, self.attention, embeds.dtype),
             position_ids=tokens.positions,
             use_cache=False,
+            **({} if media is None else {"media": media}),
         ).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -96,22 +110,42 @@ class LanguageModel(nn.Module):
         """(B,new) token ids after left-padded prompts (B,T,D); greedy unless told otherwise.
 
         first: (B,) for each row the first row that begins with the same shared prefix. Each such
-        prefix is read once and its keys and values are lent to the rows.
+        prefix is read once and its keys and values are lent to the rows (not where blocks look
+        at media, which are bound to whole rows).
         """
         cache = None
-        if first is not None and bool((tokens.segments == SHARED).any()):
+        if media is None and first is not None and bool((tokens.segments == SHARED).any()):
             copies = max(decoding.get("num_beams", 1), decoding.get("num_return_sequences", 1))
             cache = self._read_prefixes(embeds, tokens, first)
             cache.batch_repeat_interleave(copies)  # beams of a row stand next to each other
         settings = {"do_sample": False, "max_new_tokens": 32, **decoding}
-        return self.model.generate(
-            inputs_embeds=embeds,
-            attention_mask=tokens.mask.long(),
-            past_key_values=cache,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.stop_ids,
-            **settings,
-        )
+        with self._showing(media):
+            return self.model.generate(
+                inputs_embeds=embeds,
+                attention_mask=tokens.mask.long(),
+                past_key_values=cache,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.stop_ids,
+                **settings,
+            )
+
+    @contextmanager
+    def _showing(self, media: Any) -> Iterator[None]:
+        """Bind media to the model's forward for a call: generate refuses arguments of our own."""
+        if media is None:
+            yield
+            return
+        forward = self.model.forward
+
+        @wraps(forward)  # generate reads the signature
+        def seeing(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, media=media, **kwargs)
+
+        self.model.forward = seeing
+        try:
+            yield
+        finally:
+            del self.model.forward
 
     def _read_prefixes(self, embeds: Tensor, tokens: Tokens, first: Tensor) -> Any:
         """A cache of B rows over the columns of the shared prefixes, each computed once."""

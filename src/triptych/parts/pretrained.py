@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from triptych.types import TriptychError
 
@@ -64,12 +65,14 @@ def load_model(
     attention: str = "sdpa",
     dtype: str = "float32",
     device_map: str | None = None,
+    prefix: str | None = None,
 ) -> PreTrainedModel:
     """Build a library model and fill it from safetensors; a missing tensor is an error.
 
     Without weights, or under `torch.device("meta")`, the model is only built. `auto` is an Auto
     class or a model class (some towers, such as SigLIP's text model, have no Auto entry).
     device_map "auto" spreads the weights over what devices there are.
+    `prefix` is where this model stands in a checkpoint that holds more (BLIP-2's `vision_model`).
     """
     built = auto._model_mapping[type(config)] if hasattr(auto, "_model_mapping") else auto
     if attention == "sdpa" and not built._supports_sdpa:
@@ -86,6 +89,7 @@ def load_model(
         use_safetensors=True,
         trust_remote_code=False,
         device_map=device_map,
+        key_mapping=None if prefix is None else {rf"^{prefix}\.": ""},
         **kwargs,
     )
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
@@ -95,3 +99,45 @@ def load_model(
             f"(first: {missing[0]}); name a checkpoint of this architecture."
         )
     return model
+
+
+def load_part(part: nn.Module, weights: str, optional: tuple[str, ...] = ()) -> None:
+    """Fill a connector from an earlier stage: a run, its bundle, or a folder of safetensors.
+
+    Names are the part's own or begin with `connector.`; what the part has no place for is left
+    out (a text branch in stage 2). A tensor that is lacking and not optional is an error.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if torch.get_default_device().type == "meta":
+        return
+    folder = Path(resolve(weights))
+    files = [folder / n for n in ("bundle/weights.safetensors", "weights.safetensors")]
+    path = next((f for f in [*files, folder / "model.safetensors"] if f.is_file()), None)
+    if path is None:
+        raise TriptychError(
+            f"connector.weights={weights} holds no safetensors file; check the path."
+        )
+    try:
+        found = {n.removeprefix("connector."): t for n, t in load_file(path).items()}
+    except SafetensorError as error:
+        raise TriptychError(
+            f"connector.weights={weights}: {path.name} is damaged: {error}"
+        ) from error
+    own = part.state_dict(keep_vars=True)
+    first = {t.data_ptr(): n for n, t in reversed(own.items())}  # of tensors that are tied
+    fits = {n for n, t in own.items() if n in found and found[n].shape == t.shape}
+    lacking = [
+        n
+        for n, t in own.items()
+        if n not in fits and first[t.data_ptr()] not in fits and not n.startswith(optional)
+    ]
+    if lacking:
+        raise TriptychError(
+            f"connector.weights={weights} lacks {len(lacking)} tensors of this shape (first: "
+            f"{lacking[0]}); they come from a connector of another kind or size."
+        )
+    with torch.no_grad():
+        for name in fits:
+            own[name].copy_(found[name])

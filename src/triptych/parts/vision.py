@@ -19,6 +19,7 @@ class VisionEncoder(nn.Module):
     layer: index into the hidden states, as in LLaVA (-2 = the second-last; 0 = the embeddings).
     select: "patch" drops the class and register tokens, "cls_patch" keeps them (LLaVA's names).
     model_class: a dotted class for towers that have no Auto entry.
+    prefix: where the tower stands in a checkpoint that holds more, such as "vision_model".
 
     `dim`, `num_tokens` and the image transform come from the model, never from the YAML.
     """
@@ -34,6 +35,7 @@ class VisionEncoder(nn.Module):
         model_class: str | None = None,
         attention: str = "sdpa",
         dtype: str = "float32",
+        prefix: str | None = None,
     ) -> None:
         super().__init__()
         from hydra.utils import get_class
@@ -43,7 +45,9 @@ class VisionEncoder(nn.Module):
             raise TriptychError(f"vision.select is '{select}'; it takes patch or cls_patch.")
         auto = get_class(model_class) if model_class else AutoModel
         self.config = read_config(config, weights, "vision_config")
-        self.model = load_model(auto, self.config, weights, revision, attention, dtype)
+        self.model = load_model(
+            auto, self.config, weights, revision, attention, dtype, prefix=prefix
+        )
         self.layer, self.select = layer, select
         self.transform = transform or ImageTransform.of(weights, self.config)
         self._auto = auto
