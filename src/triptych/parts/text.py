@@ -15,6 +15,7 @@ from triptych.types import Tokens, TriptychError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 LIMIT = 512  # tokens of a caption where neither tower nor tokenizer states a limit
 
 
@@ -24,6 +25,7 @@ class TextEncoder(nn.Module):
     pooling: "model" takes the tower's own pooled output (CLIP's end token, SigLIP's last),
     "mean" averages the tokens (sentence encoders), "first" takes [CLS] (BERT, ALIGN), "last" the
     last token of each caption (causal towers).
+    config: a model_type and sizes; without vocab_size a new tower takes its tokenizer's.
     max_length: tokens kept of a caption, special tokens included.
     padding: "longest" trims a batch to its longest caption; "max_length" fills every row up, and
     the padding is read like words, as SigLIP was trained.
@@ -52,13 +54,15 @@ class TextEncoder(nn.Module):
             )
         if padding not in ("longest", "max_length"):
             raise TriptychError(f"text.padding is '{padding}'; it takes longest or max_length.")
+        self._tokenizer, self._revision = tokenizer or weights, revision
+        if config and "vocab_size" not in config and weights is None and tokenizer:
+            config = {**config, **self._vocabulary()}
         self.config = read_config(config, weights, "text_config")
         self._auto = get_class(model_class) if model_class else AutoModel
         self.model = load_model(self._auto, self.config, weights, revision, attention, dtype)
         self.pooling, self.padding = pooling, padding
         self.max_length = max_length or getattr(self.config, "max_position_embeddings", LIMIT)
         self.unused: tuple[str, ...] = ()
-        self._tokenizer, self._revision = tokenizer or weights, revision
 
     @cached_property
     def dim(self) -> int:
@@ -68,6 +72,14 @@ class TextEncoder(nn.Module):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self._tokenizer, revision=self._revision)
+
+    def _vocabulary(self) -> dict[str, int]:
+        """Size and special ids of the tokenizer, for a tower that starts from nothing."""
+        ids = {name: getattr(self.tokenizer, name) for name in _SPECIAL}
+        return {
+            "vocab_size": len(self.tokenizer),
+            **{n: i for n, i in ids.items() if i is not None},
+        }
 
     def forward(self, tokens: Tokens) -> Tensor:
         """(B,D) from (B,T) captions padded on the right."""
