@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from triptych.types import DataError, ImageRef, TriptychError
 
 if TYPE_CHECKING:
-    from triptych.apps.search_index import Index
     from triptych.evaluation.model_predictor import ModelPredictor
 
 SHEET = "contact_sheet.png"
@@ -45,7 +44,7 @@ def index(args: argparse.Namespace) -> None:
         raise TriptychError("name the model that embeds: --run RUN_DIRECTORY, or --run clip/b32.")
     if known is not None and run != known.facts["run"] and not args.rebuild:
         raise TriptychError(
-            f"the index at '{place}' was made by {known.facts['run']}, and vectors of two models do "
+            f"the index at '{place}' was made by {known.facts['run']}; vectors of two models do "
             "not compare; add --rebuild, or choose another --index."
         )
     report = update(folder, place, run, predictor(run, args.batch), rebuild=args.rebuild)

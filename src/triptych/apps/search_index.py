@@ -1,8 +1,8 @@
 """An index of image vectors on disk: memory-mapped, updated by file, complete or not there.
 
 INDEX/index.json names the current generation, a folder with `vectors.npy` (N,E) float32 and
-`files.parquet`, in whose order the vectors stand. While a folder is embedded, finished blocks lie in
-INDEX/pending, where an interrupted update finds them again.
+`files.parquet`, in whose order the vectors stand. While a folder is embedded, finished blocks lie
+in INDEX/pending, where an interrupted update finds them again.
 """
 
 from __future__ import annotations
