@@ -36,7 +36,12 @@ def test_every_family_takes_every_peft(preset, peft):
     cfg.model.text.config.vocab_size = 100
     if cfg.model.vision.get("weights"):
         cfg.model.vision.weights = None
-        cfg.model.vision.config = {"model_type": "clip_vision_model", "image_size": 64}
+        cfg.model.vision.config = {
+            "model_type": "clip_vision_model",
+            "hidden_size": 128,
+            "num_attention_heads": 4,
+            "image_size": 64,
+        }
     adapted = build_model(cfg, meta=True)
     trained = {n.split(".")[0] for n, p in adapted.model.named_parameters() if p.requires_grad}
     assert trained == ({"heads"} if peft == "connector" else {"vision", "text", "heads"})
