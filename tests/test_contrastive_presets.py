@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from omegaconf import OmegaConf
 
 from triptych.build import build_model
 from triptych.bundle import compose_preset
@@ -31,17 +30,6 @@ def test_a_published_size_has_the_published_number_of_parameters(preset):
 @pytest.mark.parametrize("peft", ["family", "lora", "full", "connector"])
 def test_every_family_takes_every_peft(preset, peft):
     cfg = compose_preset(preset, [f"peft={peft}"])
-    OmegaConf.set_struct(cfg, False)
-    cfg.model.text.tokenizer = None
-    cfg.model.text.config.vocab_size = 100
-    if cfg.model.vision.get("weights"):
-        cfg.model.vision.weights = None
-        cfg.model.vision.config = {
-            "model_type": "clip_vision_model",
-            "hidden_size": 128,
-            "num_attention_heads": 4,
-            "image_size": 64,
-        }
     adapted = build_model(cfg, meta=True)
     trained = {n.split(".")[0] for n, p in adapted.model.named_parameters() if p.requires_grad}
     assert trained == ({"heads"} if peft == "connector" else {"vision", "text", "heads"})
