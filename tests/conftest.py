@@ -134,3 +134,16 @@ def dialogue(pictures):
         return Sample(messages, refs, id=name, cluster=str(images))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def dual_batch():
+    """A function that makes a contrastive batch of images and captions, one row a pair."""
+    from triptych.types import Batch, Sample
+
+    def make(images, tokens):
+        rows = len(tokens.ids)
+        slots = torch.tensor([[i, i, 1] for i in range(rows)])
+        return Batch(images, slots, {"text": tokens}, [Sample([], id=str(i)) for i in range(rows)])
+
+    return make

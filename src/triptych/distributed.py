@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,9 +25,50 @@ def gather(rows: Tensor) -> Tensor:
     """(world*B, ...) rows of all ranks in rank order, with gradient to each rank's own."""
     if world() == 1:
         return rows
-    from torch.distributed.nn.functional import all_gather
+    return _Gather.apply(rows)
 
-    return torch.cat(all_gather(rows))
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.size = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(world())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()  # (world*B, ...): what every rank's loss asks of all rows
+        dist.all_reduce(grad)
+        return grad[rank() * ctx.size :][: ctx.size]
+
+
+def shift(rows: Tensor) -> Tensor:
+    """(B, ...) the rows of the rank before this one, in a ring; gradients travel back."""
+    return rows if world() == 1 else _Shift.apply(rows)
+
+
+class _Shift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return _exchange(rows, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _exchange(grad, -1)
+
+
+def _exchange(rows: Tensor, step: int) -> Tensor:
+    """Send to the rank `step` ahead and receive from the one `step` behind."""
+    rows, received = (
+        rows.contiguous(),
+        torch.empty_like(rows, memory_format=torch.contiguous_format),
+    )
+    ahead, behind = (rank() + step) % world(), (rank() - step) % world()
+    ops = [dist.P2POp(dist.isend, rows, ahead), dist.P2POp(dist.irecv, received, behind)]
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
+    return received
 
 
 def total(counts: dict[str, int], device: torch.device | str = "cpu") -> dict[str, int]:

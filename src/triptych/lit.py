@@ -28,6 +28,9 @@ class LitVLM(pl.LightningModule):
         self.optim = optim
         self._stepped = 0
 
+    def setup(self, stage: str) -> None:
+        self.objective.check(self.model, world())
+
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Sum over terms of weight x sum / count of the whole effective batch.
 

@@ -200,8 +200,10 @@ def use_cache(cfg: DictConfig, adapted: Adapted, data: DataModule) -> None:
     if trained or not loads or not cfg.cache.features:
         return
     cache = FeatureCache(cache_dir() / "features", vision, adapted.bases["vision"])
-    refs = (ref for i in range(len(data.reader)) for ref in data.reader[i].images)
-    if cache.fill(refs, cfg.cache.limit_gb):
+    refs = data.references()
+    if refs is None:
+        print("Training images come as a stream; their features are not cached.")
+    elif cache.fill(refs, cfg.cache.limit_gb):
         data.processor.images.cached = cache
     else:
         print(f"Features would take more than cache.limit_gb={cfg.cache.limit_gb}; not cached.")

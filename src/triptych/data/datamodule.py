@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from triptych.data.rows import RowPlan, Rows, RowSampler
 from triptych.distributed import rank, total, world
 from triptych.objectives.base import Objective
-from triptych.types import Batch, Sample, TriptychError
+from triptych.types import Batch, ImageRef, Sample, TriptychError
 
 
 class DataModule(pl.LightningDataModule):
@@ -47,6 +47,10 @@ class DataModule(pl.LightningDataModule):
         self.plan = RowPlan(train, packed, draw, seed)
         self.sampler: RowSampler | None = None
         self._resume = (0, 0)
+
+    def references(self) -> Iterator[ImageRef]:
+        """Every image of the training set, for caches that are filled before it starts."""
+        return (ref for i in range(len(self.reader)) for ref in self.reader[i].images)
 
     def train_dataloader(self) -> Windows:
         self.sampler = RowSampler(self.plan, self.batch_size, rank(), world())

@@ -1,80 +1,249 @@
-"""Images with captions or questions, for models that read, match and write about one image."""
+"""Image-caption pairs in the layouts people have: tables, COCO, Flickr30k, folders of classes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+from triptych.data.images import open_image, resolve_inside
+from triptych.data.json_rows import MAX_JSON, JsonLines
+from triptych.types import DataError, ImageRef, Sample, assistant, user
 
-from triptych.data.instruct import answer, instruction
-from triptych.data.processor import ImageLoader
-from triptych.parts.pair_text import PairText
-from triptych.types import Batch, DataError, Images, Sample, Tokens
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+Pair = tuple[Any, str]  # a path below the image folder, or a picture's bytes, and its caption
 
 
-@dataclass
-class PairProcessor:
-    """A row a sample: `decoder` is written about the image.
+class Captions(Sequence[Sample]):
+    """Pairs from JSONL, JSON, CSV, TSV or Parquet, COCO annotations, or Flickr30k's files.
 
-    Beside it stands the caption once more as `text`, to be compared and matched, or the `question`
-    that is answered. A caption's prompt begins with `opening` ("a picture of " in BLIP).
+    image, caption: the columns of a table; a caption may be a list, and several rows may name one
+    image. COCO (`images` and `annotations`, or Karpathy's `sentences` with its `split`) and
+    Flickr30k (`NAME#K<tab>caption`, or `image_name| comment_number| comment`) are told by their
+    content. Parquet may hold the pictures themselves, as {"bytes": ...}. Paths lie below `images`
+    (default: the folder of `path`); up to `check` of them, evenly spread, are looked up now.
     """
 
-    part: PairText
-    images: ImageLoader
-    max_length: int = 2048  # the part's own limit holds beside it
-    opening: str = ""
-
-    @property
-    def tokenizer(self):  # noqa: ANN201  (the library's type is imported lazily)
-        return self.part.tokenizer
-
-    def rows(self, rows: Sequence[Sequence[Sample]]) -> Batch:
-        return self.collate([sample for row in rows for sample in row])
-
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        """A training batch."""
-        images, slots = self._pictures(samples)
-        text = self._questions(samples)
-        said = [answer(s) for s in samples]
-        if not text:
-            text["text"] = self.part.encode(said, self.max_length)
-        text["decoder"] = self.part.encode(said, self.max_length, use="write")
-        return Batch(images, slots, text, list(samples))
-
-    def prompts(self, samples: Sequence[Sample]) -> Batch:
-        """Rows on which the model writes on: a caption's opening, or the start of an answer."""
-        images, slots = self._pictures(samples)
-        text = self._questions(samples)
-        opening = "" if text else self.opening
-        text["decoder"] = self.part.prompt([opening] * len(samples))
-        return Batch(images, slots, text, list(samples))
-
-    def _questions(self, samples: Sequence[Sample]) -> dict[str, Tokens]:
-        asked = [instruction(s) for s in samples]
-        if not any(asked):
-            return {}
-        if not all(asked):
-            odd = samples[asked.index("")]
+    def __init__(
+        self,
+        path: str | Path,
+        images: str | Path | None = None,
+        image: str = "image",
+        caption: str = "caption",
+        split: str | None = None,
+        limit: int | None = None,
+        check: int = 10_000,
+    ) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
             raise DataError(
-                f"sample '{odd.id}' is a caption among questions; a batch holds one kind, so give "
-                "them data sets of their own."
+                f"file '{path}' does not exist; set data.path to a .jsonl, .json, .csv, .tsv, "
+                ".parquet, COCO or Flickr30k caption file."
             )
-        return {"question": self.part.encode(asked, self.max_length)}
+        self.root = Path(images) if images is not None else self.path.parent
+        if not self.root.is_dir():
+            raise DataError(f"image folder '{self.root}' does not exist; correct data.images.")
+        self.pairs = list(read_pairs(self.path, image, caption, split))[:limit]
+        if not self.pairs:
+            raise DataError(f"file '{path}' holds no pair; give at least one image and caption.")
+        for index in range(0, len(self.pairs), max(1, len(self.pairs) // max(1, check))):
+            if isinstance(self.pairs[index][0], str):
+                self._locate(index)
+        first: dict[Any, int] = {}
+        self.clusters = [
+            name if isinstance(name, str) else f"{self.path.stem}/{first.setdefault(name, i)}"
+            for i, (name, _) in enumerate(self.pairs)
+        ]
 
-    def decode(self, ids: Tensor) -> list[str]:
-        """(B,T) generated ids as text without special tokens."""
-        return [t.strip() for t in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    def __len__(self) -> int:
+        return len(self.pairs)
 
-    def _pictures(self, samples: Sequence[Sample]) -> tuple[Images | None, Tensor]:
-        for sample in samples:
-            if len(sample.images) != 1:
-                raise DataError(
-                    f"sample '{sample.id}' has {len(sample.images)} images; this model reads "
-                    "exactly one image beside its text."
-                )
-        images, index = self.images(samples)
-        slots = [[index[s.images[0].key], b, 1] for b, s in enumerate(samples)]
-        return images, torch.tensor(slots)
+    def __getitem__(self, index: int) -> Sample:
+        index = range(len(self.pairs))[index]
+        source, caption = self.pairs[index]
+        name = self.clusters[index]
+        if isinstance(source, bytes):
+            ref = ImageRef(_key(source), partial(open_image, source), name)
+        else:
+            path = self._locate(index)
+            ref = ImageRef(ImageRef.from_file(path).key, partial(open_image, path), name)
+        return _pair(ref, caption, f"{self.path.stem}/{index}", name, self.path.stem)
+
+    def _locate(self, index: int) -> Path:
+        where = f"pair {index} of '{self.path}'"
+        try:
+            path = resolve_inside(self.pairs[index][0], self.root)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        if not path.is_file():
+            raise DataError(f"{where}: image '{self.pairs[index][0]}' is no file; correct it.")
+        return path
+
+
+class ImageFolder(Sequence[Sample]):
+    """Folders of images, one a class: DIR/golden_retriever/1.jpg is a "golden retriever".
+
+    `target` is the class and `candidates` are all classes, for zero-shot and the linear probe; as
+    training data each image has the caption of `template`.
+    """
+
+    def __init__(
+        self, path: str | Path, template: str = "a photo of a {}.", limit: int | None = None
+    ) -> None:
+        self.root = Path(path)
+        if not self.root.is_dir():
+            raise DataError(f"'{path}' is no folder; set data.path to one with a folder a class.")
+        folders = sorted(f for f in self.root.iterdir() if f.is_dir() and f.name[0] != ".")
+        self.classes = [folder.name.replace("_", " ") for folder in folders]
+        self.files = [
+            (file, label)
+            for label, folder in enumerate(folders)
+            for file in sorted(folder.rglob("*"))
+            if file.suffix.lower() in SUFFIXES
+        ][:limit]
+        if len(self.classes) < 2 or not self.files:
+            raise DataError(
+                f"'{path}' holds {len(self.classes)} class folders and {len(self.files)} images; "
+                "put the images of each class in a folder that is called like it."
+            )
+        self.template = template
+        self.clusters = [str(file.relative_to(self.root)) for file, _ in self.files]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        index = range(len(self.files))[index]
+        (file, label), name = self.files[index], self.clusters[index]
+        path = resolve_inside(file.resolve(), self.root)
+        ref = ImageRef(ImageRef.from_file(path).key, partial(open_image, path), name)
+        sample = _pair(ref, self.template.format(self.classes[label]), name, name, self.root.name)
+        sample.target, sample.candidates = self.classes[label], self.classes
+        return sample
+
+
+def read_pairs(path: Path, image: str, caption: str, split: str | None) -> Iterator[Pair]:
+    """The pairs of a caption file, whatever its layout."""
+    kind = path.suffix.lower()
+    if kind in (".jsonl", ".ndjson"):
+        lines = JsonLines(path)
+        for i in range(len(lines)):
+            yield from _from_row(lines[i], image, caption, lines.place(i))
+    elif kind == ".json":
+        yield from _from_json(path, image, caption, split)
+    elif kind == ".parquet":
+        yield from _from_parquet(path, image, caption)
+    elif kind in (".csv", ".tsv", ".token", ".txt"):
+        yield from _from_text(path, image, caption)
+    else:
+        raise DataError(
+            f"'{path}' ends in '{kind}'; captions come as jsonl, json, csv, tsv, parquet."
+        )
+
+
+def _from_row(row: Any, image: str, caption: str, where: str) -> Iterator[Pair]:
+    if not isinstance(row, dict) or image not in row or caption not in row:
+        known = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise DataError(
+            f"{where} has no '{image}' and '{caption}' but {known}; name the columns with "
+            "data.train.image and data.train.caption."
+        )
+    source, texts = row[image], row[caption]
+    if isinstance(source, dict):  # a picture as the library `datasets` stores it
+        source = source.get("bytes") or source.get("path")
+    if not isinstance(source, str | bytes) or not source:
+        raise DataError(f"{where}: '{image}' is {type(source).__name__}; give a path or bytes.")
+    for text in texts if isinstance(texts, list) else [texts]:
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(
+                f"{where}: '{caption}' is empty or no text; give words, or drop the row."
+            )
+        yield source, " ".join(text.split())
+
+
+def _from_json(path: Path, image: str, caption: str, split: str | None) -> Iterator[Pair]:
+    if path.stat().st_size > MAX_JSON:
+        raise DataError(f"'{path}' is larger than {MAX_JSON >> 30} GiB; turn it into JSONL.")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"'{path}' is no valid JSON ({error}); correct it.") from None
+    if isinstance(content, list):
+        for i, row in enumerate(content):
+            yield from _from_row(row, image, caption, f"item {i} of '{path}'")
+        return
+    pictures = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(pictures, list):
+        raise DataError(f"'{path}' is neither a list of rows nor COCO's {{images, annotations}}.")
+    try:
+        if "annotations" in content:
+            names = {picture["id"]: picture["file_name"] for picture in pictures}
+            rows = [(names[a["image_id"]], a["caption"]) for a in content["annotations"]]
+        else:
+            rows = [
+                (str(Path(p.get("filepath", "")) / p["filename"]), s["raw"])
+                for p in pictures
+                if split is None or split in str(p.get("split", "")).split("+")
+                for s in p["sentences"]
+            ]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"'{path}' looks like COCO captions but lacks {error}; correct it."
+        ) from None
+    for i, (name, text) in enumerate(rows):
+        yield from _from_row({"image": name, "caption": text}, "image", "caption", f"{path}:{i}")
+
+
+def _from_text(path: Path, image: str, caption: str) -> Iterator[Pair]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        head = file.readline()
+        file.seek(0)
+        if "#0\t" in head or "#1\t" in head:  # NAME#K<tab>caption
+            for number, line in enumerate(file, 1):
+                name, tab, text = line.partition("\t")
+                if not tab:
+                    raise DataError(f"line {number} of '{path}' has no tab behind the image name.")
+                row = {"image": name.rpartition("#")[0] or name, "caption": text}
+                yield from _from_row(row, "image", "caption", f"line {number} of '{path}'")
+            return
+        marks = {"|": head.count("|"), "\t": head.count("\t"), ",": head.count(",")}
+        rows = csv.reader(file, delimiter=max(marks, key=lambda mark: marks[mark]))
+        names = [name.strip() for name in next(rows, [])]
+        if image not in names and {"image_name", "comment"} <= set(names):  # Flickr30k
+            image, caption = "image_name", "comment"
+        for row in rows:
+            if row:
+                cells = dict(zip(names, (cell.strip() for cell in row), strict=False))
+                where = f"line {rows.line_num} of '{path}'"
+                yield from _from_row(cells, image, caption, where)
+
+
+def _from_parquet(path: Path, image: str, caption: str) -> Iterator[Pair]:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path, memory_map=True)
+    missing = [c for c in (image, caption) if c not in file.schema_arrow.names]
+    if missing:
+        raise DataError(
+            f"'{path}' has no column '{missing[0]}' but {', '.join(file.schema_arrow.names)}; name "
+            "the columns with data.train.image and data.train.caption."
+        )
+    at = 0
+    for batch in file.iter_batches(columns=[image, caption]):
+        for row in batch.to_pylist():
+            yield from _from_row(row, image, caption, f"row {at} of '{path}'")
+            at += 1
+
+
+def _pair(ref: ImageRef, caption: str, name: str, cluster: str, source: str) -> Sample:
+    messages = [user("", images=1), assistant(caption)]
+    return Sample(messages, [ref], id=name, cluster=cluster, source=source)
+
+
+def _key(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha1(data).hexdigest()

@@ -11,6 +11,7 @@ from triptych.evaluation.baselines import Prior, question_of
 from triptych.evaluation.metrics.stats import clustered_bootstrap, wilson
 from triptych.evaluation.parsers import exact_answer, normalize_answer
 from triptych.evaluation.scorers import Generate, Likelihood, Outcome, Scorer
+from triptych.evaluation.similarity import Similarity
 from triptych.types import Sample, TriptychError
 
 SUBSETS = Path(__file__).parent / "subsets"
@@ -24,7 +25,8 @@ class Benchmark(Protocol):
 
     `metrics` is called with the records of any set of the samples: all, the blind subset, or the
     prior's guesses; so each number and its baselines come from one function. `prior` is None
-    without a training split; `blind_ids` is the fixed blind subset (empty: drawn by rule).
+    without a training split; `blind_ids` is the fixed blind subset (empty: drawn by rule). One that
+    sets `permuted = False` has no blind run.
     """
 
     samples: Sequence[Sample]
@@ -51,9 +53,9 @@ class AnswerBenchmark:
     samples: each with a `target`; `train`: the training split for the prior. `slice_by` names the
     field of `Sample.meta` that splits the accuracy. `parser(text, candidates)` reads a generated
     answer of at most `max_new_tokens`; its name is in the results. `scorers` (default: Generate,
-    then Likelihood) are accepted in their order. `blind_subset` is a file of sample ids (a name of
-    `evaluation/subsets` or a path). Intervals are bootstrapped by `Sample.cluster`; where
-    no cluster differs they are Wilson's over the clusters.
+    then Likelihood, then Similarity) are accepted in their order. `blind_subset` is a file of
+    sample ids (a name of `evaluation/subsets` or a path). Intervals are bootstrapped by
+    `Sample.cluster`; where no cluster differs they are Wilson's over the clusters.
     """
 
     def __init__(
@@ -67,7 +69,8 @@ class AnswerBenchmark:
         blind_subset: str | None = None,
     ) -> None:
         self.samples, self.train, self.slice_by, self.parser = samples, train, slice_by, parser
-        self.scorers = list(scorers) if scorers else [Generate(max_new_tokens), Likelihood()]
+        ways = [Generate(max_new_tokens), Likelihood(), Similarity()]
+        self.scorers = list(scorers) if scorers else ways
         self.blind_ids = _read_ids(blind_subset) if blind_subset else []
 
     @cached_property
@@ -103,20 +106,20 @@ class AnswerBenchmark:
         return {key: _accuracy(rows) for key, rows in {"accuracy": list(records), **parts}.items()}
 
 
-def _accuracy(records: list[Record]) -> dict[str, Any]:
-    correct = [record["correct"] for record in records]
+def with_interval(values: Sequence[float], records: Sequence[Record]) -> dict[str, Any]:
+    """The mean of one value in [0, 1] a record, with its interval by cluster."""
     clusters = [record["cluster_id"] for record in records]
-    value, low, high = clustered_bootstrap(correct, clusters)
+    value, low, high = clustered_bootstrap(values, clusters)
     if not low < high:  # all images score alike, or there is one: resampling shows no spread
         images = len(set(clusters))
         _, low, high = wilson(value * images, images)
+    return {"value": value, "n": len(records), "low": low, "high": high}
+
+
+def _accuracy(records: list[Record]) -> dict[str, Any]:
     closed = all(record["candidates"] for record in records)
     chance = sum(1 / record["candidates"] for record in records) / len(records) if closed else None
-    return {
-        "value": value,
-        "n": len(records),
-        "low": low,
-        "high": high,
+    return with_interval([record["correct"] for record in records], records) | {
         "unparsed": sum(record["parsed"] is None for record in records) / len(records),
         "chance": chance,
         "parser": records[0]["parser"],

@@ -1,4 +1,4 @@
-"""The predictor of the models built here: a generative model with its processor."""
+"""The predictor of the models built here: what writes answers, and what embeds."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from triptych.types import (
     Batch,
     DataError,
     ImageFeatures,
+    ImageRef,
     Images,
     Sample,
     Tokens,
@@ -29,7 +30,8 @@ HEAD_ROWS = 1024  # positions whose logits over the vocabulary exist at a time
 
 
 class ModelPredictor:
-    """Answers and likelihoods of a model that writes, in left-padded batches.
+    """Answers and likelihoods of a model that writes, in left-padded batches; vectors of one
+    that embeds.
 
     model: features, forward, generate and `language.logits` as the VLM has them. processor:
     prompts, rows and decode as the ChatProcessor has them. An image is encoded once a call,
@@ -55,6 +57,8 @@ class ModelPredictor:
         offers = {
             "generate": hasattr(self.model, "generate"),
             "loglikelihood": hasattr(language, "logits"),
+            "embed": hasattr(self.model, "embed_images"),
+            "features": hasattr(self.model, "image_vectors"),
         }
         return frozenset(name for name, there in offers.items() if there)
 
@@ -114,6 +118,36 @@ class ModelPredictor:
                 if at != len(sums):
                     raise RuntimeError(f"{at} candidates, but {len(sums)} segments in the batch")
         return scores
+
+    def embed_images(self, refs: Sequence[ImageRef]) -> Tensor:
+        """(N,K,E) unit vectors in float32 on the CPU, K an image."""
+        return self._over_images(self.model.embed_images, refs)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """(N,E) unit vectors in float32 on the CPU, whatever the order and the batch size."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+        parts = []
+        with _evaluating(self.model):
+            for start in range(0, len(texts), self.batch_size):
+                rows = [texts[i] for i in order[start : start + self.batch_size]]
+                tokens = self.processor.encode(rows, self.processor.max_length)
+                parts.append(self.model.embed_texts(tokens.to(self.device)).float().cpu())
+        return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    def features(self, refs: Sequence[ImageRef]) -> Tensor:
+        """(N,D) image vectors before any projection, for a linear probe."""
+        return self._over_images(self.model.image_vectors, refs)
+
+    def _over_images(self, run: Callable[[Images], Tensor], refs: Sequence[ImageRef]) -> Tensor:
+        transform, parts = self.processor.images.transform, []
+        with _evaluating(self.model):
+            for start in range(0, len(refs), self.batch_size):
+                some = refs[start : start + self.batch_size]
+                pixels = torch.stack([transform(ref.open()) for ref in some])
+                images = Images([ref.key for ref in some], pixels).to(self.device)
+                parts.append(run(images).float().cpu())
+                self.vision_calls += len(some)
+        return torch.cat(parts)
 
     def _reached(self, lengths: Tensor) -> Tensor:
         """Where a sample is as long as the processor's limit, behind which it cuts in silence."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from triptych.types import Sample
+from torch import Tensor
+
+from triptych.types import ImageRef, Sample
 
 
 class Score(NamedTuple):
@@ -23,7 +25,7 @@ class Predictor(Protocol):
     really encoded) and `generated_tokens` only ever grow: the evaluator takes differences.
     """
 
-    capabilities: frozenset[str]  # of generate, loglikelihood, ...
+    capabilities: frozenset[str]  # of generate, loglikelihood, embed, features
     batch_size: int
     vision_calls: int
     generated_tokens: int
@@ -36,4 +38,16 @@ class Predictor(Protocol):
         self, samples: Sequence[Sample], candidates: Sequence[Sequence[str]]
     ) -> list[list[Score]]:
         """For each sample the Score of each of its candidates as the next assistant turn."""
+        ...
+
+    def embed_images(self, refs: Sequence[ImageRef]) -> Tensor:
+        """(N,K,E) unit vectors in float32 on the CPU, K an image."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """(N,E) unit vectors in float32 on the CPU."""
+        ...
+
+    def features(self, refs: Sequence[ImageRef]) -> Tensor:
+        """(N,D) image vectors before any projection, for a linear probe."""
         ...

@@ -51,12 +51,14 @@ def format_table(results: dict[str, Results]) -> str:
     of the last results that have them.
     """
     keys = list(dict.fromkeys(key for r in results.values() for key in r["metrics"]))
-    rows = [["metric", "n", *results, "prior", "blind", "chance"]]
+    entries = [entry for r in results.values() for entry in r["metrics"].values()]
+    beside = ["prior", "blind", "chance"] + ["ceiling"] * any("ceiling" in e for e in entries)
+    rows = [["metric", "n", *results, *beside]]
     for key in keys:
         entries = [r["metrics"].get(key, {}) for r in results.values()]
         merged = {k: v for entry in entries for k, v in entry.items() if v is not None}
         row = [key, f"{merged['n']:,}", *map(_with_interval, entries)]
-        rows.append(row + [_percent(merged.get(name)) for name in ("prior", "blind", "chance")])
+        rows.append(row + [_percent(merged.get(name)) for name in beside])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(

@@ -96,7 +96,8 @@ def _run(
         words = [prior.guess(sample) for sample in samples]
         guesses = [benchmark.record(s, Outcome(w, w)) for s, w in zip(samples, words, strict=True)]
 
-    rows = _blind_rows(benchmark, samples, blind)
+    means_something = getattr(benchmark, "permuted", True)
+    rows = _blind_rows(benchmark, samples, blind if means_something else "none")
     permuted = permute_images([samples[row] for row in rows], seed)
     seen: list[Record] = []
     if permuted:
@@ -160,7 +161,9 @@ def _ask(
     calls, tokens = predictor.vision_calls, predictor.generated_tokens
     start = time.perf_counter()
     with tqdm(total=len(samples), desc=label, unit="q", disable=not progress) as bar:
-        for rows in plan(samples, predictor.batch_size):
+        whole = getattr(scorer, "whole", False)
+        every = [list(range(len(samples)))]
+        for rows in every if whole else plan(samples, predictor.batch_size):
             answers = scorer.ask(predictor, [samples[row] for row in rows])
             for row, outcome in zip(rows, answers, strict=True):
                 outcomes[row] = outcome

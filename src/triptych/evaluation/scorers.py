@@ -17,10 +17,14 @@ class Outcome:
     raw: str
     parsed: str | None = None
     scores: list[float] = field(default_factory=list)
+    extra: dict = field(default_factory=dict)  # what else the scorer knows, for the record
 
 
 class Scorer(Protocol):
-    """Asks a predictor; `name` stands in the results and `needs` is the capability it uses."""
+    """Asks a predictor; `name` stands in the results and `needs` is the capability it uses.
+
+    One that sets `whole` is asked once, with all samples; others batch by batch.
+    """
 
     name: str
     needs: str

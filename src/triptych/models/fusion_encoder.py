@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triptych.data.pairs import PairProcessor
+from triptych.data.pair_processor import PairProcessor
 from triptych.data.processor import ImageLoader
 from triptych.models.base import Model
 from triptych.models.momentum import Momentum

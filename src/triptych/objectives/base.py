@@ -19,6 +19,9 @@ class Objective(nn.Module):
     in_batch = False
     progress = 0.0  # epochs done, for ramps; set by the trainer before each forward
 
+    def check(self, model: nn.Module, ranks: int) -> None:
+        """Refuse, before the first step, a model that this objective cannot train on `ranks`."""
+
     def counts(self, batch: Batch) -> dict[str, int]:
         raise NotImplementedError
 

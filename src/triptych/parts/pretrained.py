@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from triptych.types import TriptychError
 
@@ -80,7 +80,11 @@ def load_model(
     kwargs: dict[str, Any] = {"attn_implementation": attention, "dtype": getattr(torch, dtype)}
     if weights is None or torch.get_default_device().type == "meta":
         build = getattr(auto, "from_config", None) or auto._from_config
-        return build(config, **kwargs)
+        model = build(config, **kwargs)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.reset_parameters()  # the library's 0.02 lets EfficientNet's signal vanish
+        return model
     model, info = auto.from_pretrained(
         resolve(weights),
         config=config,
@@ -141,3 +145,24 @@ def load_part(part: nn.Module, weights: str, optional: tuple[str, ...] = ()) -> 
     with torch.no_grad():
         for name in fits:
             own[name].copy_(found[name])
+
+
+def unreached(model: nn.Module, output: Tensor) -> tuple[str, ...]:
+    """Names of the modules and tensors of `model` that `output` does not depend on.
+
+    Found by the backward pass itself, so run the model on the meta device. A module none of whose
+    tensors is reached is named once.
+    """
+    output.sum().backward()
+    dead = {name for name, p in model.named_parameters() if p.grad is None}
+    found = set()
+    for name in dead:
+        path = name
+        while "." in path:
+            parent = path.rpartition(".")[0]
+            below = {n for n, _ in model.named_parameters() if n.startswith(parent + ".")}
+            if not below <= dead:
+                break
+            path = parent
+        found.add(path)
+    return tuple(sorted(found))

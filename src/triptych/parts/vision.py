@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from triptych.data.transforms import ImageTransform
-from triptych.parts.pretrained import load_model, read_config
+from triptych.parts.pretrained import load_model, read_config, unreached
 from triptych.types import ImageFeatures, Images, TriptychError
 
 
@@ -69,6 +69,35 @@ class VisionEncoder(nn.Module):
         """P for a picture of this size, after `select`."""
         grid, special, _ = self._probe((height, width))
         return grid + (special if self.select == "cls_patch" else 0)
+
+    @cached_property
+    def pooled_dim(self) -> int:
+        """Width of the tower's own pooled output."""
+        _, pooled = self._outline()
+        if pooled is None:
+            raise TriptychError(
+                f"{type(self.model).__name__} has no pooled output at vision.layer={self.layer}; "
+                "pool its tokens instead (model.heads.pool)."
+            )
+        return pooled.shape[1]
+
+    def unreached(self, reads: Literal["pooled", "tokens"]) -> tuple[str, ...]:
+        """What neither runs nor trains if only the pooled output, or only the tokens, are read."""
+        model, pooled = self._outline()
+        if reads == "tokens":
+            size = self.transform.size
+            with torch.device("meta"):
+                out = model(pixel_values=torch.empty(1, 3, *size), output_hidden_states=True)
+            return tuple(f"model.{n}" for n in unreached(model, out.hidden_states[self.layer]))
+        return tuple(f"model.{n}" for n in unreached(model, pooled))
+
+    def _outline(self) -> tuple[nn.Module, Tensor | None]:
+        """A weightless copy of the tower and its pooled output (1,D), on the meta device."""
+        with torch.device("meta"):
+            model = load_model(self._auto, self.config, None, attention="sdpa").eval()
+            out = model(pixel_values=torch.empty(1, 3, *self.transform.size))
+        pooled = getattr(out, "pooler_output", None) if self.layer == -1 else None
+        return model, pooled if pooled is None else pooled.flatten(1)
 
     @lru_cache(maxsize=8)  # noqa: B019  (a tower lives as long as its run)
     def _probe(self, size: tuple[int, int]) -> tuple[int, int, int]:

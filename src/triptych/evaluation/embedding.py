@@ -1,0 +1,136 @@
+"""The benchmarks of models that embed: retrieval, zero-shot classification and the linear probe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+
+from triptych.evaluation.benchmark import AnswerBenchmark, Metrics, Record, with_interval
+from triptych.evaluation.metrics import topk_hits
+from triptych.evaluation.metrics.retrieval import RETRIEVAL_RULE
+from triptych.evaluation.scorers import Generate, Likelihood, Outcome, Scorer
+from triptych.evaluation.similarity import KS, ClassSimilarity, Probe, Retrieve
+from triptych.types import Sample
+
+
+class RetrievalBenchmark:
+    """R@1, 5 and 10 from image to text (any caption counts) and from text to image.
+
+    samples: one an image-caption pair; pairs of one image share its key. Every value has its chance
+    and the ceiling that equal captions of different images leave. Ties count by expectation.
+    """
+
+    prior = None
+    permuted = False  # a gallery whose images are permuted is another gallery; chance stands beside
+
+    def __init__(self, samples: Sequence[Sample], scorers: Sequence[Scorer] | None = None) -> None:
+        self.samples, self.blind_ids = samples, []
+        self.scorers = list(scorers) if scorers else [Retrieve()]
+
+    def record(self, sample: Sample, outcome: Outcome) -> Record:
+        """One row a caption: the image it finds first, and what both directions hit."""
+        return {
+            "sample_id": sample.id,
+            "cluster_id": sample.cluster or sample.images[0].key,
+            "image": sample.images[0].name,
+            "question": sample.text,
+            "gold": sample.images[0].name,
+            "raw_output": outcome.raw,
+            "parsed": outcome.raw,
+            "correct": outcome.extra["t2i_r1"],
+            "slice": "",
+            **outcome.extra,
+        }
+
+    def metrics(self, records: Sequence[Record]) -> Metrics:
+        """The six recalls with intervals by image, and their mean."""
+        made: Metrics = {}
+        for side in ("i2t", "t2i"):
+            rows = [r for r in records if r[f"{side}_rank"] is not None]
+            for k in KS:
+                name = f"{side}_r{k}"
+                made[name] = with_interval([r[name] for r in rows], rows) | {
+                    "chance": fmean(r[f"{name}_chance"] for r in rows),
+                    "ceiling": fmean(r[f"{name}_ceiling"] for r in rows),
+                    "median_rank": median(r[f"{side}_rank"] for r in rows),
+                    "rule": RETRIEVAL_RULE,
+                }
+        recalls = list(made.values())
+        made["mean_recall"] = {
+            part: fmean(entry[part] for entry in recalls) for part in ("value", "chance", "ceiling")
+        } | {"n": len(records), "low": None, "high": None}
+        return made
+
+
+class ZeroShotBenchmark(AnswerBenchmark):
+    """Classification among `Sample.candidates` with nothing trained: top-1, top-5 and mean recall.
+
+    templates: prompts with {} for the class, averaged as one ensemble. A generative model answers
+    by likelihood, or in words.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        templates: Sequence[str] = ("a photo of a {}.",),
+        train: Sequence[Sample] | None = None,
+        scorers: Sequence[Scorer] | None = None,
+        max_new_tokens: int = 16,
+    ) -> None:
+        ways = [ClassSimilarity(tuple(templates)), Likelihood(), Generate(max_new_tokens)]
+        super().__init__(samples, train, scorers=scorers or ways)
+
+    def record(self, sample: Sample, outcome: Outcome) -> Record:
+        row = super().record(sample, outcome) | {"label": sample.candidates.index(sample.target)}
+        if outcome.scores:
+            scores, label = np.array([outcome.scores]), [row["label"]]
+            row["correct"], row["top5"] = (float(topk_hits(scores, label, k)[0]) for k in (1, 5))
+        return row
+
+    def metrics(self, records: Sequence[Record]) -> Metrics:
+        """acc1, acc5 where there are five classes, and recall averaged over classes."""
+        made = super().metrics(records)
+        classes = min(r["candidates"] for r in records)
+        ranked = all("top5" in r for r in records)
+        if classes >= 5 and ranked:
+            made["accuracy_top5"] = with_interval([r["top5"] for r in records], records)
+            made["accuracy_top5"]["chance"] = 5 / classes
+        made["mean_class_recall"] = _class_recall(records)
+        return made
+
+
+class ProbeBenchmark(AnswerBenchmark):
+    """A linear classifier on frozen image vectors; `train` and `samples` are labelled images.
+
+    c: inverse regularisation; null chooses it on a fifth of every class of `train`.
+    """
+
+    permuted = False
+
+    def __init__(
+        self, samples: Sequence[Sample], train: Sequence[Sample], c: float | None = 0.316
+    ) -> None:
+        super().__init__(samples, scorers=[Probe(train, c)])
+
+    def record(self, sample: Sample, outcome: Outcome) -> Record:
+        classes = sorted(set(sample.candidates) | {str(sample.target)})
+        facts = {**outcome.extra, "label": classes.index(str(sample.target))}
+        return super().record(sample, outcome) | facts
+
+    def metrics(self, records: Sequence[Record]) -> Metrics:
+        made = super().metrics(records) | {"mean_class_recall": _class_recall(records)}
+        for entry in made.values():
+            entry |= {"c": records[0]["c"], "recipe": records[0]["recipe"]}
+        return made
+
+
+def _class_recall(records: Sequence[Record]) -> dict[str, Any]:
+    labels = np.array([r["label"] for r in records])
+    by_class = [
+        fmean(r["correct"] for r in np.array(records, object)[labels == label])
+        for label in np.unique(labels)
+    ]
+    return {"value": fmean(by_class), "n": len(records), "low": None, "high": None, "chance": None}
