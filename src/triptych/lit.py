@@ -101,8 +101,7 @@ def saved_names(module: torch.nn.Module) -> set[str]:
     persistent = {
         name
         for name in _buffers(module)
-        if name in slow
-        or not getattr(modules[name.rpartition(".")[0]], "_triptych_frozen", False)
+        if name in slow or not getattr(modules[name.rpartition(".")[0]], "_triptych_frozen", False)
     }
     return trained | persistent
 
