@@ -175,7 +175,7 @@ class Shapes(Sequence[Sample]):
         """A description that is asked for, or one that is given and asked about."""
         scene, rng = self._scene(number), self._stream(number, 1 + KINDS.index("language"))
         words = text.description(scene, rng)
-        if rng.random() < 0.03:
+        if rng.random() < 0.15:
             count = len(scene.objects)
             ask = f"describe a picture with {text.NUMBERS[count]} shape{'s' * (count > 1)}."
             messages = [user(ask), assistant(words)]
