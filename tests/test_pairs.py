@@ -222,6 +222,7 @@ def test_what_is_wrong_with_shards_is_said(tmp_path):
     with pytest.raises(DataError, match="broken.tar' is no whole tar file"):
         list(read_shards([str(tmp_path / "broken.tar")]))
     module = StreamModule(str(tmp_path / "s000.tar"), Names(), Counts())
+    assert [[s.text for s in row] for row in module.first_rows(9)] == [["n0"]]
     module.trainer = Loop(0)
     module.trainer.max_steps = -1
     with pytest.raises(TriptychError, match="trainer.max_steps"):

@@ -224,7 +224,8 @@ def _linears(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _adaptable(part: nn.Module) -> list[str]:
     """Layers LoRA can wrap: the linear ones, or the convolutions of a tower without any."""
     linear = [name for name, _ in _linears(part)]
-    return linear or [n for n, m in part.named_modules() if isinstance(m, nn.Conv2d)]
+    plain = (n for n, m in part.named_modules() if type(m) is nn.Conv2d and m.groups == 1)
+    return linear or list(plain)
 
 
 def _holds(part: nn.Module, kind: str) -> bool:

@@ -218,8 +218,7 @@ def fullest(model: Model, rows: int, tokens: int) -> Batch:
 
 def largest(data: DataModule) -> Batch:
     """The batch of the rows with the most words, among the first of an epoch."""
-    rows = data.plan.rows(0)[:ROWS]
-    samples = [[data.reader[i] for i in row] for row in rows]
+    samples = data.first_rows(ROWS)
     samples.sort(key=lambda row: sum(len(s.text) for s in row), reverse=True)
     return data.processor.rows(samples[: data.batch_size])
 

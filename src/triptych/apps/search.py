@@ -73,7 +73,7 @@ def query(args: argparse.Namespace) -> None:
 
 def answer(args: argparse.Namespace) -> None:
     """Answer a question from each of the images nearest to it."""
-    from triptych.bundle import load
+    from triptych.api import load
 
     found = search(args)
     paths = [path for path, _ in found]
@@ -108,7 +108,7 @@ def search(args: argparse.Namespace) -> list[tuple[str, float]]:
 
 def predictor(run: str, batch: int) -> ModelPredictor:
     """A run's or preset's model as something that embeds."""
-    from triptych.bundle import load
+    from triptych.api import load
     from triptych.evaluation.model_predictor import ModelPredictor
 
     loaded = load(run)

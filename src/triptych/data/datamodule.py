@@ -48,6 +48,10 @@ class DataModule(pl.LightningDataModule):
         self.sampler: RowSampler | None = None
         self._resume = (0, 0)
 
+    def first_rows(self, count: int) -> list[list[Sample]]:
+        """The samples of the first rows of the first epoch."""
+        return [[self.reader[i] for i in row] for row in self.plan.rows(0)[:count]]
+
     def references(self) -> Iterator[ImageRef]:
         """Every image of the training set, for caches that are filled before it starts."""
         return (ref for i in range(len(self.reader)) for ref in self.reader[i].images)

@@ -69,6 +69,11 @@ class StreamModule(pl.LightningDataModule):
                 "trainer.max_steps."
             )
 
+    def first_rows(self, count: int) -> list[list[Sample]]:
+        """The first samples of the first shard, a row each."""
+        rows = islice(read_shards(self.shards[:1]), count)
+        return [[_sample(row, self.caption)] for row in rows]
+
     def references(self) -> None:
         """No list of images: features of a frozen encoder are computed as the stream comes."""
 

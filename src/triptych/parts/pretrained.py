@@ -153,7 +153,8 @@ def unreached(model: nn.Module, output: Tensor) -> tuple[str, ...]:
     Found by the backward pass itself, so run the model on the meta device. A module none of whose
     tensors is reached is named once.
     """
-    output.sum().backward()
+    model.zero_grad(set_to_none=True)
+    output.sum().backward(retain_graph=True)
     dead = {name for name, p in model.named_parameters() if p.grad is None}
     found = set()
     for name in dead:

@@ -67,7 +67,7 @@ class TextEncoder(nn.Module):
     @cached_property
     def dim(self) -> int:
         """D, the width of a caption's vector."""
-        return self._outline()[1].shape[1]
+        return self._outline[1].shape[1]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -124,8 +124,9 @@ class TextEncoder(nn.Module):
 
     def unreached(self) -> tuple[str, ...]:
         """What this pooling never reads, such as BERT's pooler under "mean"."""
-        return tuple(f"model.{name}" for name in unreached(*self._outline()))
+        return tuple(f"model.{name}" for name in unreached(*self._outline))
 
+    @cached_property
     def _outline(self) -> tuple[nn.Module, Tensor]:
         """A weightless copy of the tower and its pooled output (1,D), on the meta device."""
         with torch.device("meta"):

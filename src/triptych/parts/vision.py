@@ -73,7 +73,7 @@ class VisionEncoder(nn.Module):
     @cached_property
     def pooled_dim(self) -> int:
         """Width of the tower's own pooled output."""
-        _, pooled = self._outline()
+        _, pooled = self._outline
         if pooled is None:
             raise TriptychError(
                 f"{type(self.model).__name__} has no pooled output at vision.layer={self.layer}; "
@@ -83,7 +83,7 @@ class VisionEncoder(nn.Module):
 
     def unreached(self, reads: Literal["pooled", "tokens"]) -> tuple[str, ...]:
         """What neither runs nor trains if only the pooled output, or only the tokens, are read."""
-        model, pooled = self._outline()
+        model, pooled = self._outline
         if reads == "tokens":
             size = self.transform.size
             with torch.device("meta"):
@@ -91,6 +91,7 @@ class VisionEncoder(nn.Module):
             return tuple(f"model.{n}" for n in unreached(model, out.hidden_states[self.layer]))
         return tuple(f"model.{n}" for n in unreached(model, pooled))
 
+    @cached_property
     def _outline(self) -> tuple[nn.Module, Tensor | None]:
         """A weightless copy of the tower and its pooled output (1,D), on the meta device."""
         with torch.device("meta"):
