@@ -26,7 +26,7 @@ CORPUS = [
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # two test processes share two cores
 
 
 @pytest.fixture(scope="session")

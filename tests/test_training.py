@@ -20,7 +20,7 @@ from triptych.lit import LitVLM
 from triptych.objectives.tokens import NextToken
 from triptych.optim import Optim
 from triptych.table import merge
-from triptych.types import TriptychError
+from triptych.types import ImageRef, TriptychError
 
 FAMILY = {"vision": "frozen", "connector": "full", "language": "full"}
 
@@ -170,6 +170,12 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_exact(
     resumed = run(tmp_path / "part", 7, ckpt=latest(tmp_path / "part"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+
+
+def test_samples_that_cannot_travel_are_refused_before_workers_hang(vlm, reader):
+    reader[0].images[0] = ImageRef("key", lambda: None, "mine")
+    with pytest.raises(TriptychError, match="data.workers=0"):
+        fit(adapted_model(vlm).model, reader[:1], 1, workers=2)
 
 
 def test_a_checkpoint_holds_what_trains_and_no_more(vlm, reader, tmp_path):

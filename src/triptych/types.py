@@ -14,6 +14,7 @@ import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,7 +56,7 @@ class ImageRef:
             raise DataError(f"image '{path}' does not exist; check the path and data.images.")
         with open(path, "rb") as file:
             key = hashlib.file_digest(file, "sha1").hexdigest()
-        return cls(key=key, load=lambda: open_image(path), name=str(path))
+        return cls(key=key, load=partial(open_image, path), name=str(path))
 
     @classmethod
     def from_picture(cls, picture: Image, name: str = "picture") -> ImageRef:
@@ -63,7 +64,7 @@ class ImageRef:
         buffer = io.BytesIO()
         picture = picture.convert("RGB")
         picture.save(buffer, format="BMP")
-        return cls(hashlib.sha1(buffer.getvalue()).hexdigest(), lambda: picture, name)
+        return cls(hashlib.sha1(buffer.getvalue()).hexdigest(), picture.copy, name)
 
 
 @dataclass

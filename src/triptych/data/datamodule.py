@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ class DataModule(pl.LightningDataModule):
     def train_dataloader(self) -> Windows:
         self.sampler = RowSampler(self.plan, self.batch_size, rank(), world())
         self.sampler.epoch, self.sampler.skip = self._resume
+        if self.workers:
+            self._check_travels()
         loader = DataLoader(
             Rows(self.reader),
             batch_sampler=self.sampler,
@@ -68,6 +71,16 @@ class DataModule(pl.LightningDataModule):
             pin_memory=False,
         )
         return Windows(loader, self.objective, self.accumulate)
+
+    def _check_travels(self) -> None:
+        """Refuse samples that cannot be sent between processes: workers would hang in silence."""
+        try:
+            pickle.dumps(self.first_rows(1))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise TriptychError(
+                f"samples of {type(self.reader).__name__} cannot be sent from a worker process "
+                f"({error}); set data.workers=0, or make their images' `load` a module's function."
+            ) from error
 
     def state_dict(self) -> dict[str, int]:
         """Where the data stands: the epoch, and its batches already used."""
