@@ -58,7 +58,7 @@ def test_small_presets_train_what_the_family_trains(name, tiny, dialogue, pictur
     trained = {n for n, p in adapted.model.named_parameters() if p.requires_grad}
     assert {n.split(".")[0] for n in trained} == FROZEN[name]
     objective = build_objective(cfg, 1)
-    if cfg.data.name == "captions":
+    if cfg.data.train.get("kind") == "captions":
         samples = [
             Sample([LOOK, assistant(w)], [pictures[i]], tags=[w], id=w)
             for i, w in enumerate(("red circle", "blue square"))

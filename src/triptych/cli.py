@@ -9,6 +9,7 @@ Only the standard library, Hydra and OmegaConf are imported here, so that `--hel
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 import traceback
@@ -34,6 +35,9 @@ from triptych.targets import check_targets
 
 # Keys beside a `_target_` that the project reads itself.
 OWN_KEYS = ("model.name", "model.trains", "data.name", "data.path", "data.images")
+
+# bitsandbytes says at import that an optional CPU kernel is not installed; it is not used here
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 Job = Callable[[DictConfig], Any]
 Resumes = Callable[[DictConfig], bool]

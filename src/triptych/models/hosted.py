@@ -59,6 +59,8 @@ class Borrowed(nn.Module):
 class HostedLanguage(Borrowed):
     """The decoder with its embeddings and its head, which is called apart."""
 
+    attention = "causal"
+
     def __init__(self, library: PreTrainedModel, paths: Sequence[str]) -> None:
         super().__init__(library, paths)
         self.scaled = library.config.model_type not in UNSCALED
