@@ -21,7 +21,7 @@ def make_run(tiny, tmp_path):
 
     def make(*overrides: str):
         parts = [f"model.{role}.weights={tiny / role}" for role in ("vision", "language")]
-        cfg = compose_preset("llava", [*parts, *overrides])
+        cfg = compose_preset("llava", ["model/connector=mlp", *parts, *overrides])
         torch.manual_seed(0)
         adapted = build_model(cfg)
         with torch.no_grad():
