@@ -95,7 +95,8 @@ def test_from_the_command_line(folder, tmp_path, capsys, eyes):
     assert float(lines[0].split()[1]) == pytest.approx(known[0][1], abs=1e-4)
     assert Image.open(sheet).size[0] > 800
     image = str(folder / "deep" / "07.png")
-    assert search.main(["query", "--image", image, "-k", "1", "--index", place]) == 0
+    command = ["query", "--image", image, "-k", "1", "--index", place, "--sheet", str(sheet)]
+    assert search.main(command) == 0
     assert "07.png" in capsys.readouterr().out
     assert search.main(["index", str(folder), "--index", place]) == 0
     assert "0 embedded, 60 kept" in capsys.readouterr().out and eyes[-1].seen == []
