@@ -4,7 +4,8 @@ python benchmarks/chunk_memory.py           runs both, each in a fresh process, 
 
 Model: ViT of 6 x 256 at 64 px with patches of 8, text transformer of 4 x 256 with 77 places and
 49,408 words. Added memory is the peak RSS above the one after imports, model, optimizer state and
-batch.
+batch. Freed blocks go back to the kernel (`hardware.return_memory`): with glibc's defaults the
+fragments of 16 chunks stay resident, and the large batch adds 3.4 times as much as the plain one.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ def added_mib(rows: int, chunk: int) -> float:
 
     from triptych.callbacks import peak_rss
     from triptych.data.transforms import ImageTransform
+    from triptych.hardware import return_memory
     from triptych.models.dual import DualEncoder, Heads
     from triptych.objectives.contrastive import InfoNCE
     from triptych.parts.text import TextEncoder
     from triptych.parts.vision import VisionEncoder
     from triptych.types import Batch, Images, Sample, Tokens
 
+    return_memory()
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
     vision = {"model_type": "clip_vision_model", "image_size": 64, "patch_size": 8, **sizes}
     text = {"model_type": "clip_text_model", "vocab_size": 49408, "eos_token_id": 49407, **sizes}

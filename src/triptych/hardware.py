@@ -19,6 +19,19 @@ def keep_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
+def return_memory() -> None:
+    """Let glibc hand freed blocks of a MiB or more back to the kernel, the opposite choice.
+
+    Where memory decides (towers in chunks), blocks kept in fragments may hold several times what
+    the tensors need: the default threshold grows to 32 MiB and activations lie below it.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 20)
+        libc.mallopt(trim_threshold, 1 << 20)
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' tips and loading bars off the run's own table and progress bar."""
     import logging
