@@ -35,7 +35,7 @@ from triptych.evaluation.during import EvaluateSlice
 from triptych.evaluation.model_predictor import ModelPredictor
 from triptych.evaluation.records import format_table, merge_results, sample_rows
 from triptych.evaluation.runner import evaluate
-from triptych.hardware import keep_memory, quiet_libraries
+from triptych.hardware import keep_memory, quiet_libraries, return_memory
 from triptych.lit import LitVLM
 from triptych.rundir import release_run_dir
 from triptych.tracking import system_info
@@ -59,6 +59,8 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
     print(table_text(adapted.model, adapted.table, optim.rates(adapted.model)), flush=True)
     processor = adapted.model.processor()
     objective = build_objective(cfg, cfg.trainer.accumulate_grad_batches)
+    if objective.saves_memory:
+        return_memory()
     data = build_data(cfg, processor, objective)
     module = LitVLM(adapted.model, objective, optim)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)

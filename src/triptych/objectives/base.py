@@ -17,6 +17,7 @@ class Objective(nn.Module):
     """
 
     in_batch = False
+    saves_memory = False  # whether it computes again in order to hold less
     progress = 0.0  # epochs done, for ramps; set by the trainer before each forward
 
     def check(self, model: nn.Module, ranks: int) -> None:

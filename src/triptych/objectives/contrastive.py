@@ -39,6 +39,7 @@ class Contrastive(Objective):
                 f"objective.positives is '{positives}'; it takes pairs, captions or either."
             )
         self.chunk, self.positives = chunk, positives
+        self.saves_memory = chunk > 0
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"contrastive": len(batch.text["text"].ids)}
