@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from triptych.data.rows import RowPlan, Rows, RowSampler
+from triptych.data.rows import Rows, RowSampler
 from triptych.distributed import rank, total, world
 from triptych.objectives.base import Objective
 from triptych.types import Batch, ImageRef, Sample, TriptychError
@@ -45,7 +45,7 @@ class DataModule(pl.LightningDataModule):
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
         self.workers = max(0, (os.cpu_count() or 1) - 1) if workers is None else workers
         packed = samples_per_row if getattr(processor, "packs", True) else 1
-        self.plan = RowPlan(train, packed, draw, seed)
+        self.plan = objective.plan(train, packed, draw, seed)
         self.sampler: RowSampler | None = None
         self._resume = (0, 0)
 

@@ -51,14 +51,41 @@ class RowPlan:
     def rows(self, epoch: int) -> list[Row]:
         """The rows of an epoch in reading order: a function of the seed and the epoch alone."""
         random = np.random.default_rng([self.seed, epoch])
-        rows: list[Row] = []
+        rows = [row for rows in self._grouped(random) for row in rows]
+        return [rows[i] for i in random.permutation(len(rows))]
+
+    def batches(self, epoch: int, size: int, count: int) -> list[list[Row]]:
+        """The first `count` batches of an epoch, of `size` rows; the last may be smaller."""
+        rows = self.rows(epoch)
+        return [rows[i * size : (i + 1) * size] for i in range(count)]
+
+    def _grouped(self, random: np.random.Generator) -> list[list[Row]]:
+        """The drawn rows of every image."""
+        grouped, step = [], self.samples_per_row
         for group in self.groups:
             drawn = group
             if self.draw is not None and self.draw < len(group):
                 drawn = [group[i] for i in random.permutation(len(group))[: self.draw]]
-            step = self.samples_per_row
-            rows += [tuple(drawn[i : i + step]) for i in range(0, len(drawn), step)]
-        return [rows[i] for i in random.permutation(len(rows))]
+            grouped.append([tuple(drawn[i : i + step]) for i in range(0, len(drawn), step)])
+        return grouped
+
+
+class SpreadPlan(RowPlan):
+    """Rows of one image stand in different batches: what is said of it is never a wrong pair.
+
+    Rows are dealt to the batches like cards, image after image, so that sizes differ by one at
+    most. An image with more rows than there are batches leaves the rest for another epoch.
+    """
+
+    def batches(self, epoch: int, size: int, count: int) -> list[list[Row]]:
+        random = np.random.default_rng([self.seed, epoch])
+        grouped = self._grouped(random)
+        dealt: list[Row] = []
+        for g in random.permutation(len(grouped)):
+            rows = grouped[g]
+            dealt += [rows[i] for i in random.permutation(len(rows))[:count]]
+        order = random.permutation(count)  # neighbours in `dealt` do not become neighbours in time
+        return [_shuffled(dealt[i::count], random)[:size] for i in order]
 
 
 class RowSampler(Sampler):
@@ -80,7 +107,11 @@ class RowSampler(Sampler):
         return max(1, full + (1 if rest and self.world == 1 else 0))
 
     def __iter__(self) -> Iterator[list[Row]]:
-        rows = self.plan.rows(self.epoch)
-        for i in range(self.skip, len(self)):
-            start = i * self.batch_size * self.world + self.rank * self.batch_size
-            yield rows[start : start + self.batch_size]
+        step = self.batch_size * self.world
+        for rows in self.plan.batches(self.epoch, step, len(self))[self.skip :]:
+            share = len(rows) // self.world  # ranks take the same number of rows
+            yield rows[self.rank * share : (self.rank + 1) * share]
+
+
+def _shuffled(rows: list[Row], random: np.random.Generator) -> list[Row]:
+    return [rows[i] for i in random.permutation(len(rows))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from triptych.data.rows import RowPlan
 from triptych.types import Batch, Term
 
 
@@ -13,10 +14,11 @@ class Objective(nn.Module):
     `counts` needs labels and sources alone, so that the counts of a whole accumulation window
     and of all ranks are known before its first forward.
     `in_batch` terms compare the samples of one micro-batch with each other, so splitting the batch
-    changes them: plain accumulation is refused.
+    changes them: plain accumulation is refused. `plan` orders an epoch's samples into batches.
     """
 
     in_batch = False
+    plan: type[RowPlan] = RowPlan
     saves_memory = False  # whether it computes again in order to hold less
     progress = 0.0  # epochs done, for ramps; set by the trainer before each forward
 

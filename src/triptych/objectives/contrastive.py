@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from triptych.data.rows import RowPlan, SpreadPlan
 from triptych.distributed import gather, rank, shift, world
 from triptych.objectives.base import Objective
 from triptych.types import Batch, Term, Tokens, TriptychError
@@ -40,22 +41,27 @@ class Contrastive(Objective):
             )
         self.chunk, self.positives = chunk, positives
         self.saves_memory = chunk > 0
+        self.plan = RowPlan if positives == "either" else SpreadPlan
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"contrastive": len(batch.text["text"].ids)}
 
     def check(self, model: nn.Module, ranks: int) -> None:
         """Refuse BatchNorm whose statistics would be those of a part of the batch."""
-        for name, module in model.named_modules():
-            if not isinstance(module, _BatchNorm) or getattr(module, "_triptych_frozen", False):
-                continue
-            synced = isinstance(module, SyncBatchNorm)
-            if self.chunk or (ranks > 1 and not synced):
-                cause = f"objective.chunk={self.chunk}" if self.chunk else f"{ranks} ranks"
+        if not self.chunk and ranks == 1:
+            return
+        was = model.training
+        model.train()
+        moving = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training]
+        model.train(was)
+        cause = f"objective.chunk={self.chunk}" if self.chunk else f"{ranks} ranks"
+        for name in moving:
+            if self.chunk or not isinstance(model.get_submodule(name), SyncBatchNorm):
                 raise TriptychError(
                     f"'{name}' is a BatchNorm that trains, and with {cause} its statistics are "
-                    "those of a part of the batch; freeze that part (model.trains), choose a tower "
-                    "without BatchNorm, or use one device and objective.chunk=0."
+                    "those of a part of the batch; set model.vision.statistics=stored, freeze that "
+                    "part (model.trains), choose a tower without BatchNorm, or use one device and "
+                    "objective.chunk=0."
                 )
 
     def embed(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from triptych.data.transforms import ImageTransform
 from triptych.parts.pretrained import load_model, read_config, unreached
@@ -20,6 +21,8 @@ class VisionEncoder(nn.Module):
     select: "patch" drops the class and register tokens, "cls_patch" keeps them (LLaVA's names).
     model_class: a dotted class for towers that have no Auto entry.
     prefix: where the tower stands in a checkpoint that holds more, such as "vision_model".
+    statistics: what BatchNorm layers divide by in training: those of the "batch", or the "stored"
+    ones, as is usual when a trained tower is tuned; then chunks and ranks change nothing.
 
     `dim`, `num_tokens` and the image transform come from the model, never from the YAML.
     """
@@ -36,6 +39,7 @@ class VisionEncoder(nn.Module):
         attention: str = "sdpa",
         dtype: str = "float32",
         prefix: str | None = None,
+        statistics: Literal["batch", "stored"] = "batch",
     ) -> None:
         super().__init__()
         from hydra.utils import get_class
@@ -43,6 +47,9 @@ class VisionEncoder(nn.Module):
 
         if select not in ("patch", "cls_patch"):
             raise TriptychError(f"vision.select is '{select}'; it takes patch or cls_patch.")
+        if statistics not in ("batch", "stored"):
+            raise TriptychError(f"vision.statistics is '{statistics}'; it takes batch or stored.")
+        self.statistics = statistics
         auto = get_class(model_class) if model_class else AutoModel
         self.config = read_config(config, weights, "vision_config")
         self.model = load_model(
@@ -64,6 +71,14 @@ class VisionEncoder(nn.Module):
         if pooled is not None:
             pooled = pooled.flatten(1)  # ResNet: (U,D,1,1)
         return ImageFeatures(hidden.flatten(0, 1), counts, pooled)
+
+    def train(self, mode: bool = True) -> VisionEncoder:
+        """Train or evaluate; BatchNorm keeps stored statistics where they were asked for."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and self.statistics == "stored":
+                module.training = False
+        return self
 
     def num_tokens(self, height: int, width: int) -> int:
         """P for a picture of this size, after `select`."""
