@@ -208,6 +208,11 @@ def test_what_would_be_wrong_is_refused(tmp_path):
         module._triptych_frozen = True  # as the parts table marks frozen parts
     InfoNCE(chunk=4).check(model, ranks=2)
     InfoNCE(chunk=4).check(build(VISION["vit"], *TEXT["bert"]), ranks=2)
+    model = build({**VISION["resnet"]}, *TEXT["bert"])
+    model.vision.statistics = "stored"
+    model.train()
+    InfoNCE(chunk=4).check(model, ranks=2)
+    assert model.training and model.vision.training
     node = {"_target_": "triptych.objectives.contrastive.InfoNCE", "chunk": 8}
     cfg = OmegaConf.create({"objective": node})
     with pytest.raises(TriptychError, match="objective.chunk instead"):

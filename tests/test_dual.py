@@ -7,12 +7,13 @@ from functools import partial
 import pytest
 import torch
 
+from triptych.data.transforms import ImageTransform
 from triptych.interop.dual import export, load_official, official_state
 from triptych.models.dual import DualEncoder, Heads
-from triptych.parts.pooling import AttentionPool, TokenPool
+from triptych.parts.pooling import AttentionPool, GridPool, PlacedAttentionPool, TokenPool
 from triptych.parts.text import TextEncoder
 from triptych.parts.vision import VisionEncoder
-from triptych.types import Images, Tokens, TriptychError
+from triptych.types import ImageFeatures, Images, Tokens, TriptychError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 2}
@@ -245,3 +246,50 @@ def test_widths_that_do_not_meet_are_refused():
         )
     with pytest.raises(TriptychError, match="vision.select=cls_patch"):
         build(VISION["vit"], *TEXT["bert"], pool=partial(TokenPool, how="first"))
+
+
+def test_a_grid_holds_the_mean_of_each_cell_in_its_place():
+    vision = VisionEncoder(config=VISION["vit"], transform=ImageTransform(size=(32, 32)))
+    pool = GridPool(vision, cells=2)
+    tokens = torch.zeros(2, 4, 4, vision.dim)  # 4 x 4 places of 8 pixels
+    tokens[0, :2, 2:] = 3.0  # top right
+    tokens[1, 3, 0] = 4.0  # one token of the bottom left
+    features = ImageFeatures(tokens.view(32, -1), torch.tensor([16, 16]))
+    cells = pool(features).view(2, vision.dim, 2, 2)
+    assert pool.dim == 4 * vision.dim
+    assert cells[0, 0].tolist() == [[0, 3], [0, 0]] and cells[1, 0].tolist() == [[0, 0], [1, 0]]
+    with pytest.raises(TriptychError, match="it takes 1 to 4"):
+        GridPool(vision, cells=5)
+    wide = VisionEncoder(config=VISION["resnet"], transform=ImageTransform(size=(32, 64)))
+    with pytest.raises(TriptychError, match="tokens on a square"):
+        GridPool(wide)
+
+
+def test_only_attention_with_places_tells_where_something_is():
+    torch.manual_seed(0)
+    vision = VisionEncoder(config=VISION["vit"], transform=ImageTransform(size=(32, 32)))
+    tokens = torch.randn(16, vision.dim)
+    moved = tokens.roll(5, 0)
+    plain, placed = (
+        kind(vision, heads=2, queries=3) for kind in (AttentionPool, PlacedAttentionPool)
+    )
+    for pool, differs in ((plain, False), (placed, True)):
+        one, other = (pool(ImageFeatures(t, torch.tensor([16]))) for t in (tokens, moved))
+        assert one.shape == (1, 3 * vision.dim) == (1, pool.dim)
+        assert torch.allclose(one, other, atol=1e-5) is not differs
+
+
+def test_a_tuned_tower_keeps_its_statistics_and_trains_its_weights():
+    transform = ImageTransform(size=(32, 32))
+    vision = VisionEncoder(config=VISION["resnet"], transform=transform, statistics="stored")
+    vision.train()
+    before = {n: b.clone() for n, b in vision.named_buffers()}
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    whole = vision(Images(list("abcd"), pixels)).pooled
+    parts = [vision(Images([k], pixels[i : i + 1])).pooled for i, k in enumerate("abcd")]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
+    whole.square().sum().backward()
+    assert all(torch.equal(b, before[n]) for n, b in vision.named_buffers())
+    assert all(p.grad is not None for p in vision.parameters())
+    with pytest.raises(TriptychError, match="batch or stored"):
+        VisionEncoder(config=VISION["resnet"], transform=transform, statistics="none")

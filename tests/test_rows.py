@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from triptych.data.rows import RowPlan, RowSampler
+from triptych.data.rows import RowPlan, RowSampler, SpreadPlan
 from triptych.data.templates import render
 from triptych.models.fusion import IMAGE
 from triptych.objectives.tokens import NextToken, chunked_nll
@@ -192,3 +192,40 @@ def test_a_skipped_sampler_continues_the_same_epoch():
     resumed = RowSampler(plan, 2)
     resumed.skip = 2
     assert list(resumed) == whole[2:] and len(whole[-1]) == 1
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_rows_of_one_image_never_share_a_batch_where_pairs_are_compared(world):
+    clusters = [f"image {i // 7}" for i in range(210)] + ["alone"]
+    plan = SpreadPlan([Sample([], cluster=c) for c in clusters], 1, None, seed=1)
+    ranks = [list(RowSampler(plan, 8, rank=r, world=world)) for r in range(world)]
+    batches = [[row for part in parts for row in part] for parts in zip(*ranks, strict=True)]
+    for rows in batches:
+        images = [clusters[row[0]] for row in rows]
+        assert len(set(images)) == len(images)
+    seen = sorted(row[0] for rows in batches for row in rows)
+    if world == 1:
+        assert seen == list(range(211)) and {len(rows) for rows in batches} == {7, 8}
+    else:
+        assert len(set(seen)) == len(seen) == 13 * 16
+        assert all(len(part) == 8 for rank in ranks for part in rank)
+    assert batches != [
+        [r for p in parts for r in p] for parts in zip(*_next(plan, world), strict=True)
+    ]
+
+
+def _next(plan, world):
+    samplers = [RowSampler(plan, 8, rank=r, world=world) for r in range(world)]
+    for sampler in samplers:
+        sampler.set_epoch(1)
+    return [list(sampler) for sampler in samplers]
+
+
+def test_an_image_with_more_rows_than_batches_leaves_some_for_another_epoch():
+    plan = SpreadPlan([Sample([], cluster="a" if i < 6 else str(i)) for i in range(8)], 1, None, 0)
+    batches = list(RowSampler(plan, 4))
+    assert [sum(row[0] < 6 for row in rows) for rows in batches] == [1, 1]
+    later = RowSampler(plan, 4)
+    later.set_epoch(3)
+    drawn = {row[0] for sampler in (batches, list(later)) for rows in sampler for row in rows}
+    assert len(drawn & set(range(6))) > 2

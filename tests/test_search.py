@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
+import triptych.api
 from triptych.apps import search, search_index
 from triptych.apps.search_index import Index, update
 from triptych.data.images import open_image
 from triptych.data.processor import ImageLoader
+from triptych.data.shapes import Shapes
 from triptych.data.transforms import ImageTransform
 from triptych.types import TriptychError
 
@@ -173,3 +180,110 @@ def test_faiss_finds_the_same(folder, tmp_path):
     assert known.build_faiss() == "IVF1,Flat"
     found = known.nearest(np.eye(3, dtype=np.float32)[:1], 5)
     assert [p for p, _ in found] == [p for p, _ in exact]
+    np.testing.assert_allclose([c for _, c in found], [c for _, c in exact], atol=1e-6)
+
+
+def fake_index(place: Path, vectors: int, width: int = 16, topics: int = 40) -> Index:
+    """An index as `update` writes it, of random unit vectors around some topics."""
+    rng = np.random.default_rng(0)
+    side = place / "generation-1"
+    side.mkdir(parents=True)
+    centres = rng.normal(size=(topics, width)).astype(np.float32)
+    shape = (vectors, width)
+    rows = np.lib.format.open_memmap(side / "vectors.npy", "w+", np.float32, shape)
+    for start in range(0, vectors, 50_000):
+        part = rows[start : start + 50_000]
+        noise = rng.normal(size=part.shape).astype(np.float32)
+        part[:] = centres[rng.integers(0, topics, len(part))] + 0.3 * noise
+        part /= np.linalg.norm(part, axis=1, keepdims=True)
+    rows.flush()
+    names = pa.array([f"{i:07d}.png" for i in range(vectors)])
+    table = pa.table({"name": names, "size": range(vectors), "mtime": range(vectors)})
+    pq.write_table(table, side / "files.parquet")
+    facts = {"run": "clip", "model": "m", "folder": str(place), "generation": side.name}
+    (place / "index.json").write_text(json.dumps(facts))
+    return Index.open(place)
+
+
+def test_faiss_over_many_lists_finds_what_brute_force_finds(tmp_path):
+    pytest.importorskip("faiss")
+    known = fake_index(tmp_path, 6000)
+    queries = np.asarray(known.vectors[::600])
+    exact = [known.nearest(q[None], 5) for q in queries]
+    kind = known.build_faiss()
+    assert kind.startswith("IVF1") and len(kind) > len("IVF1,Flat")
+    assert [[p for p, _ in known.nearest(q[None], 5)] for q in queries] == [
+        [p for p, _ in found] for found in exact
+    ]
+
+
+def test_answers_come_from_the_pictures_that_were_found(folder, tmp_path, capsys, monkeypatch):
+    load, model = triptych.api.load, triptych.load("llava")  # its connector is random, so load once
+    monkeypatch.setattr(triptych.api, "load", lambda run: model if run == "llava" else load(run))
+    place = str(tmp_path / "index")
+    assert search.main(["index", str(folder), "--run", "clip", "--index", place]) == 0
+    capsys.readouterr()
+    ask = ["answer", "red", "--index", place, "-k", "2", "--with"]
+    assert search.main([*ask, "llava"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
+    known = brute_force(folder, torch.tensor([1.0, 0, 0]))[:2]
+    assert [line[2] for line in lines] == [path for path, _ in known]
+    assert [line[0] for line in lines] == model.answer([path for path, _ in known], "red")
+    assert search.main([*ask, "clip"]) == 1
+    assert "writes no answers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_million_vectors_are_searched_from_disk(tmp_path):
+    """Anonymous memory stays far below the 256 MB of the vectors."""
+    fake_index(tmp_path, 1_000_000, width=64)
+    code = (
+        "import sys, numpy as np, pathlib\n"
+        "from triptych.apps.search_index import Index\n"
+        "def anonymous():\n"
+        "    text = pathlib.Path('/proc/self/status').read_text()\n"
+        "    return int(text.partition('RssAnon:')[2].split()[0]) / 1024\n"
+        "import pyarrow.parquet\n"
+        "before = anonymous()\n"
+        "index = Index.open(pathlib.Path(sys.argv[1]))\n"
+        "query = np.array(index.vectors[777_777:777_778])\n"
+        "found = index.nearest(query, 3)\n"
+        "print(found[0][0], found[0][1], anonymous() - before)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert said[0].endswith("0777777.png") and float(said[1]) == pytest.approx(1, abs=1e-5)
+    assert float(said[2]) < 150
+
+
+@pytest.mark.slow
+def test_two_thousand_pictures_from_the_command_line(tmp_path):
+    root = tmp_path / "pictures"
+    root.mkdir()
+    scenes = Shapes("test", size=2000, kind="retrieval")
+    for i in range(2000):
+        scenes.image(i).open().save(root / f"{i:04d}.png")
+    (root / "cut.png").write_bytes((root / "0000.png").read_bytes()[:100])
+    (root / "text.jpg").write_text("no picture")
+    app = [sys.executable, "-m", "triptych.apps.search"]
+    run = str(tmp_path / "run")
+    train = [sys.executable, str(Path(__file__).parents[1] / "train.py"), "model=clip"]
+    train += ["trainer.max_steps=2", "benchmark=none", f"hydra.run.dir={run}"]
+    subprocess.run(train, check=True, cwd=tmp_path)
+    place = str(tmp_path / "index")
+
+    def call(*arguments: str) -> str:
+        done = subprocess.run([*app, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = call("index", str(root), "--run", run, "--index", place)
+    assert "2,000 images" in said and "2 skipped" in said
+    found = call("query", "a red circle", "-k", "10", "--index", place).splitlines()[:10]
+    model = triptych.load(run)
+    vectors = model.embed(images=[str(root / f"{i:04d}.png") for i in range(2000)])
+    cosines = (vectors.flatten(1) @ model.embed(texts=["a red circle"])[0].flatten()).tolist()
+    best = sorted(range(2000), key=lambda i: -cosines[i])[:10]
+    assert [Path(line.split()[2]).stem for line in found] == [f"{i:04d}" for i in best]
+    (root / "0001.png").unlink()
+    assert "0 embedded, 1,999 kept, 1 removed" in call("index", str(root), "--index", place)

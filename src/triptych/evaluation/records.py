@@ -59,10 +59,28 @@ def format_table(results: dict[str, Results]) -> str:
         merged = {k: v for entry in entries for k, v in entry.items() if v is not None}
         row = [key, f"{merged['n']:,}", *map(_with_interval, entries)]
         rows.append(row + [_percent(merged.get(name)) for name in beside])
+    return _aligned(rows, left=1)
+
+
+def runs_table(results: dict[str, Results]) -> str:
+    """Several runs in one table, a row a metric and run, with its scorer and baselines."""
+    rows = [["metric", "run", "scorer", "n", "value", "prior", "blind", "chance"]]
+    for key in dict.fromkeys(key for r in results.values() for key in r["metrics"]):
+        for label, result in results.items():
+            entry = result["metrics"].get(key)
+            if entry is not None:
+                beside = [_percent(entry.get(name)) for name in rows[0][5:]]
+                about = [key, label, entry.get("scorer", "-"), f"{entry['n']:,}"]
+                rows.append([*about, _with_interval(entry), *beside])
+    return _aligned(rows, left=3)
+
+
+def _aligned(rows: list[list[str]], left: int) -> str:
+    """Rows in columns, the first `left` of them flush left, with a line below the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
-            cell.rjust(w) if i else cell.ljust(w)
+            cell.rjust(w) if i >= left else cell.ljust(w)
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
