@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -237,6 +237,7 @@ class ChatProcessor:
 class CaptionProcessor:
     """Image-caption pairs to one row of text each, for models that compare the two."""
 
+    packs: ClassVar[bool] = False  # what is said of one image goes into different batches
     encode: Callable[[list[str], int], Tokens]
     images: ImageLoader
     max_length: int = 2048  # the text encoder's own limit holds beside it
