@@ -15,6 +15,7 @@ from triptych.bundle import compose_preset
 from triptych.data.processor import CaptionProcessor
 from triptych.data.rows import RowSampler
 from triptych.evaluation.records import runs_table
+from triptych.forecast import fullest, step
 from triptych.types import TriptychError
 
 # totals of the official checkpoints' tensors
@@ -92,6 +93,14 @@ def test_small_presets_run_in_chunks_and_on_ranks(family):
         torch.testing.assert_close(
             gradients[1][name], gradient, rtol=1e-4, atol=1e-5 * scale + 1e-7
         )
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "align"])
+def test_the_memory_of_a_contrastive_step_is_forecast(family):
+    cfg = compose_preset(family)
+    model = build_model(cfg, meta=True).model
+    kept, peak = step(model, build_objective(cfg, 1), fullest(model, 4, 20), None, False)
+    assert 2**20 < kept < peak < 2**28
 
 
 def test_training_from_nothing_says_how_to_use_chunks():

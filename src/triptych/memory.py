@@ -75,8 +75,7 @@ class Live(TorchDispatchMode):
 
 
 class Kernels(TorchFunctionMode):
-    """Stands in for what "meta" lacks: fused attention, BatchNorm with stored statistics, and
-    autocast where `low` is a dtype."""
+    """Stands in for what "meta" lacks: fused attention, and autocast where `low` is a dtype."""
 
     def __init__(self, low: torch.dtype | None = None) -> None:
         super().__init__()
@@ -93,8 +92,6 @@ class Kernels(TorchFunctionMode):
             args, kwargs = _cast((args, kwargs), self.low, torch.float32)
         if attends and any(_on_meta(t.device) for t in _tensors((args, kwargs))):
             return _attention(*args, **kwargs)
-        if func is torch.batch_norm and _on_meta(args[0].device):
-            args = (*args[:5], True, *args[6:])  # as if with the batch's: it keeps the same tensors
         return func(*args, **kwargs)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import nn
 
 from triptych.data.rows import RowPlan
@@ -30,3 +33,10 @@ class Objective(nn.Module):
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         raise NotImplementedError
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A block in the precision of its tensors; "meta", where memory is forecast, has no autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

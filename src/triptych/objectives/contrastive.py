@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from triptych.data.rows import RowPlan, SpreadPlan
 from triptych.distributed import gather, rank, shift, world
-from triptych.objectives.base import Objective
+from triptych.objectives.base import Objective, without_autocast
 from triptych.types import Batch, Term, Tokens, TriptychError
 
 Positives = Literal["pairs", "captions", "either"]
@@ -96,7 +96,7 @@ class InfoNCE(Contrastive):
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         images, texts = self.embed(model, batch)  # (B,E), (B,E)
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             scale = model.heads.logit_scale.float().exp()
             to_text = scale * images @ gather(texts).T  # (B, world*B)
             to_image = scale * texts @ gather(images).T
@@ -163,7 +163,7 @@ def pairwise_nll(
     """Sum of -log sigmoid(+-(scale * cosine + bias)) over all pairs, + where `equal` (B,B)."""
 
     def nll(rows: Tensor, positive: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             logits = scale * rows @ texts.T + bias  # (block,B)
         return -F.logsigmoid(torch.where(positive, logits, -logits)).sum()
 
