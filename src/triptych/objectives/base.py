@@ -36,7 +36,7 @@ class Objective(nn.Module):
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A block in the precision of its tensors; "meta", where memory is forecast, has no autocast."""
+    """A block in its tensors' own precision; "meta" (memory forecasts) has no autocast."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
