@@ -37,7 +37,7 @@ from triptych.evaluation.records import format_table, merge_results, sample_rows
 from triptych.evaluation.runner import evaluate
 from triptych.hardware import keep_memory, quiet_libraries
 from triptych.lit import LitVLM
-from triptych.rundir import release_run_dir
+from triptych.rundir import record_outcome, release_run_dir
 from triptych.tracking import system_info
 from triptych.types import TriptychError
 
@@ -85,7 +85,9 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
             if hasattr(logger, "finish"):
                 logger.finish(exit_code)
     print(f"Run directory: {folder}", flush=True)
-    return headline(tables.popitem()[1])
+    value = headline(tables.popitem()[1])
+    record_outcome(folder, "finished", value)
+    return value
 
 
 def fit(
@@ -131,6 +133,7 @@ def evaluate_only(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) 
     if cfg.run is not None:
         merge_results(Path(cfg.run) / "results.json", results)
     print(f"Results: {folder}", flush=True)
+    record_outcome(folder, "finished", headline(results))
     return headline(results)
 
 
