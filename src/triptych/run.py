@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,16 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
     exit_code = 1
     try:
         adapted.model.to(trainer.strategy.root_device)
-        tables = {}
+        tables, first = {}, None
         if cfg.eval.at_start and benchmarks:
-            tables["before"] = score(cfg, predictor, benchmarks, folder / "before")
+            first = folder / "before"
+            once = partial(evaluate, blind="none")  # the baselines stand beside the final numbers
+            tables["before"] = once(predictor, benchmarks, first, limit=cfg.eval.limit)
         fit(cfg, trainer, module, data, adapted, folder)
         if trainer.is_global_zero:
             note = {"steps": trainer.global_step}
             save_bundle(folder / "bundle", adapted, processor, cfg, note)
-        tables["after" if tables else "value"] = score(cfg, predictor, benchmarks, folder)
+        tables["after" if tables else "value"] = score(cfg, predictor, benchmarks, folder, first)
         report(trainer, tables, folder, facts, benchmarks)
         exit_code = 0
     finally:
@@ -143,12 +146,20 @@ def build_benchmarks(nodes: DictConfig | None) -> dict[str, Any]:
 
 
 def score(
-    cfg: DictConfig, predictor: ModelPredictor, benchmarks: dict[str, Any], out: Path
+    cfg: DictConfig,
+    predictor: ModelPredictor,
+    benchmarks: dict[str, Any],
+    out: Path,
+    before: Path | None = None,
 ) -> dict[str, Any]:
-    """Run the benchmarks on a model; slices and permutations do not follow the training seed."""
+    """Run the benchmarks on a model; slices and permutations do not follow the training seed.
+
+    before: where the same model was scored untuned; its answers stand beside the new ones.
+    """
     if not benchmarks:
         return {"metrics": {}}
-    return evaluate(predictor, benchmarks, out, limit=cfg.eval.limit, blind=cfg.eval.blind)
+    options = {"limit": cfg.eval.limit, "blind": cfg.eval.blind}
+    return evaluate(predictor, benchmarks, out, before=before, **options)
 
 
 def report(
