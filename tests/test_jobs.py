@@ -88,7 +88,13 @@ def start(tree: Path, *argv: str, **options) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k not in names}
     command = [sys.executable, str(tree / "train.py"), *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **({"cwd": tree} | pipes | options))
+    return subprocess.Popen(
+        command,
+        env=environment,
+        # shells start what is in the background with SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **({"cwd": tree} | pipes | options),
+    )
 
 
 def run(tree: Path, *argv: str, **options) -> tuple[int, str, str]:

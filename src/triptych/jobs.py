@@ -61,7 +61,7 @@ class Sweep:
         self, loader: ConfigLoader, config: DictConfig, parallel: int = 1, grace: float = 60.0
     ) -> None:
         if parallel < 1:
-            raise JobError(f"hydra.launcher.jobs={parallel} runs nothing; use 1 or more.")
+            raise JobError(f"error: hydra.launcher.jobs={parallel} runs nothing; use 1 or more.")
         self.loader, self.config, self.parallel, self.grace = loader, config, parallel, grace
         self.jobs: list[Job] = []
         self._running: dict[Job, _Process] = {}
@@ -85,7 +85,6 @@ class Sweep:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         made = [self._job(list(overrides), first + i) for i, overrides in enumerate(batch)]
-        self.jobs += [job for job, _ in made]
         with self._signals():
             self._work([job for job, _ in made])
         print(f"\n{write_tables(self.folder, self.jobs)}\nSweep directory: {self.folder}")
@@ -109,6 +108,7 @@ class Sweep:
         job.command = [*_script(), *overrides, *self._hydra_overrides(job), *_flags()]
         if _resumes(config) and (read_outcome(directory) or {}).get("state") == FINISHED:
             job.before = True
+        self.jobs.append(job)
         return job, config
 
     def _hydra_overrides(self, job: Job) -> list[str]:
@@ -159,7 +159,8 @@ class Sweep:
             yield
             return
         names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {name: signal.signal(name, self._on_signal) for name in names}
+        heard = [name for name in names if signal.getsignal(name) is not signal.SIG_IGN]  # nohup
+        before = {name: signal.signal(name, self._on_signal) for name in heard}
         try:
             yield
         finally:
