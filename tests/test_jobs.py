@@ -13,9 +13,11 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from hydra.core.utils import JobStatus
+from omegaconf import OmegaConf
 
 from triptych import cli
-from triptych.jobs import quoted
+from triptych.jobs import JobError, Sweep, quoted
 from triptych.jobs_table import Job, judge
 from triptych.rundir import record_outcome
 
@@ -156,7 +158,9 @@ def test_a_sweep_that_is_continued_runs_what_had_not_finished(tree):
     assert (tree / "count").read_text() == "x"  # it had finished and is not run again
 
 
-@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "name", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_the_jobs_and_the_sweep(tree, name):
     process = start(tree, "-m", "do=wait,nothing", "hydra.sweep.dir=sweep")
     deadline = time.monotonic() + 60
@@ -203,6 +207,19 @@ def test_a_run_that_finished_may_exit_and_the_table_shows_its_scores(tmp_path):
     job = Job(0, [], tmp_path)
     judge(job, 0, None)
     assert job.metrics == {"easy_vqa/accuracy": 0.25}
+
+
+def test_sweepers_get_what_a_job_returned_or_why_it_did_not(tmp_path):
+    config = OmegaConf.create({"seed": 1, "hydra": {"job": {"name": "train"}}})
+    sweep = Sweep(None, config)
+    done = sweep._returned(Job(0, ["seed=1"], tmp_path, state="finished", value=0.5), config)
+    assert (done.return_value, done.cfg, done.overrides) == (0.5, {"seed": 1}, ["seed=1"])
+    early = sweep._returned(Job(1, [], tmp_path, state="exited early", reason="why"), config)
+    assert early.status is JobStatus.FAILED
+    with pytest.raises(JobError, match="exited early: why"):
+        _ = early.return_value
+    with pytest.raises(JobError, match="hydra.launcher.jobs=0"):
+        Sweep(None, config, parallel=0)
 
 
 @pytest.mark.parametrize("text", ["a b", "it's", "a,b={c}", "x\\", "\\'", "${y}"])
