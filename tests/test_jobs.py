@@ -42,7 +42,7 @@ SCRIPT = """
             os._exit(3)
         if cfg.do == "wait":
             Path("started").touch()
-            time.sleep(3000)
+            time.sleep(900)
         if cfg.do == "leak":
             import torch
             torch.set_default_dtype(torch.float64)
