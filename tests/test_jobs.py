@@ -143,7 +143,7 @@ def test_jobs_get_their_overrides_whole_and_can_run_side_by_side(tree):
     assert code == 1 and seed == 3 and pid > 0
     assert (jobs["die"]["state"], jobs["die"]["code"]) == ("failed", 3)
     assert "[0] do pid, seed 3" in out and "[1] do die, seed 3" in out
-    config = (Path(jobs["pid"]["directory"]) / ".hydra" / "config.yaml").read_text()
+    config = (tree / jobs["pid"]["directory"] / ".hydra" / "config.yaml").read_text()
     assert "a, b='c' {d}" in config
 
 
