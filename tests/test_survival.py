@@ -17,20 +17,29 @@ from omegaconf import OmegaConf
 from triptych.checkpoint import latest
 
 MEASURED = ("speed/", "memory/", "time")  # what differs between two equal runs
-READY = "ready"  # appears when a process has begun to work
+READY = "ready"  # appears when a process begins to train
 
 
 def train_here(config: str, folder: str) -> None:
     """One process of a run: continue what is in `folder` to the end. Runs in a fork of a server
     that has imported everything, so that a start costs milliseconds."""
+    import pytorch_lightning as pl
+
     from triptych.run import train
     from triptych.rundir import claim_run_dir
+
+    fit = pl.Trainer.fit
+
+    def ready(*args, **kwargs) -> None:
+        Path(folder).with_suffix(f".{READY}").write_text(str(time.process_time()))
+        fit(*args, **kwargs)
+
+    pl.Trainer.fit = ready  # in this process alone
 
     log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
-    Path(folder).with_suffix(f".{READY}").write_text(str(time.process_time()))
     claim_run_dir(folder, resume=True)
     train(OmegaConf.create(config), Path(folder))
     Path(folder).with_suffix(".seconds").write_text(str(time.process_time()))

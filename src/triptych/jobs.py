@@ -251,8 +251,8 @@ class _Process:
 
 
 def quoted(value: object) -> str:
-    """A value that Hydra's grammar reads back as it is, whatever it holds."""
-    text = str(value).replace("\\'", "\\\\'").replace("'", "\\'")
+    """A value that Hydra's grammar reads back as it is: backslashes count before quotes alone."""
+    text = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(value))
     return f"'{text}'"
 
 
