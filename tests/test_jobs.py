@@ -63,6 +63,7 @@ TRAIN = """
       - override hydra/launcher: process
       - override hydra/output: run
       - override hydra/help: train
+    hydra: {job: {config: {override_dirname: {exclude_keys: [ckpt]}}}}
     seed: 0
     ckpt: null
     do: nothing
