@@ -107,3 +107,4 @@ def test_a_wheel_carries_configuration_and_assets(tmp_path):
         "_assets/tiny/language/config.json",
     ):
         assert f"triptych/{name}" in names
+    assert "hydra_plugins/triptych_launcher.py" in names

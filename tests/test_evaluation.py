@@ -266,6 +266,18 @@ def test_the_blind_run_takes_the_committed_ids(tmp_path: Path) -> None:
     assert few["blind"] < 1
 
 
+def test_a_committed_subset_is_all_that_is_asked(tmp_path: Path) -> None:
+    chosen = tmp_path / "ids.txt"
+    chosen.write_text("test/4-1\ntest/0-0\n")
+    toy = AnswerBenchmark(questions(), subset=str(chosen), blind_subset=str(chosen))
+    result = evaluate(Eyes(), {"toy": toy}, None, progress=False)["metrics"]["toy/accuracy"]
+    assert (result["n"], result["blind_n"], result["value"]) == (2, 2, 1.0)
+    assert [sample.id for sample in toy.samples] == ["test/0-0", "test/4-1"]
+    chosen.write_text("test/0-0\ntrain/0-0\n")
+    with pytest.raises(DataError, match="1 samples .*first: train/0-0"):
+        AnswerBenchmark(questions(), subset=str(chosen))
+
+
 # --- plans, parsers, tables ---------------------------------------------------------------------
 
 
@@ -339,6 +351,20 @@ def test_gallery_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert "24 of 36 failures" in page and "24 of 36 at random" in page
     with Image.open(tmp_path / "gallery.png") as sheet:
         assert sheet.width > 1000 and sheet.height > 600
+
+
+def test_the_gallery_shows_what_was_answered_before(tmp_path: Path) -> None:
+    class Untrained(Eyes):
+        def see(self, sample: Sample) -> str:
+            return "a <cat>"
+
+    toy = {"toy": bench()}
+    evaluate(Untrained(), toy, tmp_path / "before", blind="none", progress=False)
+    evaluate(Eyes(), toy, tmp_path, before=tmp_path / "before", progress=False)
+    page = (tmp_path / "gallery.html").read_text(encoding="utf-8")
+    assert page.count('<dd class="before">') == page.count('<dd class="answer">') > 0
+    assert "A &lt;cat&gt;." in page
+    assert "before" not in (tmp_path / "before" / "gallery.html").read_text(encoding="utf-8")
 
 
 def test_gallery_draws_any_text_and_shape() -> None:

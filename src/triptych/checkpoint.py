@@ -33,7 +33,13 @@ class Checkpoints(pl.Callback):
         self._terminate = False
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Behind training there is nothing to save: SIGTERM ends the process again."""
+        signal.signal(signal.SIGTERM, self._handler or signal.SIG_DFL)
+        if self._terminate:  # it came behind the last step
+            raise SystemExit(TERMINATED)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         if self._random is not None:

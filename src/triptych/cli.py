@@ -24,13 +24,21 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException, HydraException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from triptych.config_check import check_missing, check_overrides
 from triptych.errors import ConfigError, TriptychError
-from triptych.rundir import check_run_dir, claim_run_dir, rank
+from triptych.jobs import JobError
+from triptych.rundir import (
+    check_run_dir,
+    claim_run_dir,
+    clear_outcome,
+    rank,
+    read_outcome,
+    record_outcome,
+)
 from triptych.targets import check_targets
 
 # Keys beside a `_target_` that the project reads itself.
@@ -41,10 +49,6 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 Job = Callable[[DictConfig], Any]
 Resumes = Callable[[DictConfig], bool]
-
-
-class JobError(CompactHydraException):
-    """One job of a sweep failed for a reason that its sentence explains."""
 
 
 def main(
@@ -185,13 +189,13 @@ def _start(function: Job, config_name: str, conf: Path, resumes: Resumes | None)
             check_targets(cfg, OWN_KEYS)
             if resumes and rank() == 0:
                 claim_run_dir(HydraConfig.get().runtime.output_dir, bool(resumes(cfg)))
-            result.append(function(cfg))
+            result.append(_recorded(function, cfg))
             return result[-1]
         except Exception as error:
             known = explained(error)
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            if HydraConfig.get().mode is RunMode.MULTIRUN:  # the other jobs go on
+            if HydraConfig.get().mode is RunMode.MULTIRUN:  # a launcher of one process goes on
                 if known is None:
                     raise
                 raise JobError(str(known)) from None
@@ -199,6 +203,27 @@ def _start(function: Job, config_name: str, conf: Path, resumes: Resumes | None)
 
     hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)(job)()
     return result[-1] if result else None
+
+
+def _recorded(function: Job, cfg: DictConfig) -> Any:
+    """Run the job, and leave in its directory how it ended; see `jobs_table.judge`."""
+    folder = HydraConfig.get().runtime.output_dir
+    clear_outcome(folder)
+    try:
+        value = function(cfg)
+    except SystemExit as stop:
+        if stop.code or read_outcome(folder) is None:
+            at = traceback.extract_tb(stop.__traceback__)[-1]
+            where = f"{Path(at.filename).name}, line {at.lineno}"
+            record_outcome(folder, "exited", reason=f"sys.exit({stop.code!r}) in {where}")
+        raise
+    except BaseException as error:
+        told = explained(error)
+        name = "" if told else f"{type(error).__name__}: "
+        record_outcome(folder, "failed", reason=f"{name}{told or error}")
+        raise
+    record_outcome(folder, "finished", value)
+    return value
 
 
 def explained(error: BaseException | None) -> Exception | None:

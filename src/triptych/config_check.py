@@ -37,7 +37,6 @@ OPEN = (
     "optim.parts",
     "trainer.options",
     "hydra.job.env_set",
-    "hydra.launcher",
     "hydra.sweeper",
     "hydra.callbacks",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from triptych.evaluation.records import format_table, merge_results, sample_rows
 from triptych.evaluation.runner import evaluate
 from triptych.hardware import keep_memory, quiet_libraries, return_memory
 from triptych.lit import LitVLM
-from triptych.rundir import release_run_dir
+from triptych.rundir import record_outcome, release_run_dir
 from triptych.tracking import system_info
 from triptych.types import TriptychError
 
@@ -72,14 +73,16 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
     exit_code = 1
     try:
         adapted.model.to(trainer.strategy.root_device)
-        tables = {}
+        tables, first = {}, None
         if cfg.eval.at_start and benchmarks:
-            tables["before"] = score(cfg, predictor, benchmarks, folder / "before")
+            first = folder / "before"
+            once = partial(evaluate, blind="none")  # the baselines stand beside the final numbers
+            tables["before"] = once(predictor, benchmarks, first, limit=cfg.eval.limit)
         fit(cfg, trainer, module, data, adapted, folder)
         if trainer.is_global_zero:
             note = {"steps": trainer.global_step}
             save_bundle(folder / "bundle", adapted, processor, cfg, note)
-        tables["after" if tables else "value"] = score(cfg, predictor, benchmarks, folder)
+        tables["after" if tables else "value"] = score(cfg, predictor, benchmarks, folder, first)
         report(trainer, tables, folder, facts, benchmarks)
         exit_code = 0
     finally:
@@ -87,7 +90,9 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
             if hasattr(logger, "finish"):
                 logger.finish(exit_code)
     print(f"Run directory: {folder}", flush=True)
-    return headline(tables.popitem()[1])
+    value = headline(tables.popitem()[1])
+    record_outcome(folder, "finished", value)
+    return value
 
 
 def fit(
@@ -133,6 +138,7 @@ def evaluate_only(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) 
     if cfg.run is not None:
         merge_results(Path(cfg.run) / "results.json", results)
     print(f"Results: {folder}", flush=True)
+    record_outcome(folder, "finished", headline(results))
     return headline(results)
 
 
@@ -142,12 +148,20 @@ def build_benchmarks(nodes: DictConfig | None) -> dict[str, Any]:
 
 
 def score(
-    cfg: DictConfig, predictor: ModelPredictor, benchmarks: dict[str, Any], out: Path
+    cfg: DictConfig,
+    predictor: ModelPredictor,
+    benchmarks: dict[str, Any],
+    out: Path,
+    before: Path | None = None,
 ) -> dict[str, Any]:
-    """Run the benchmarks on a model; slices and permutations do not follow the training seed."""
+    """Run the benchmarks on a model; slices and permutations do not follow the training seed.
+
+    before: where the same model was scored untuned; its answers stand beside the new ones.
+    """
     if not benchmarks:
         return {"metrics": {}}
-    return evaluate(predictor, benchmarks, out, limit=cfg.eval.limit, blind=cfg.eval.blind)
+    options = {"limit": cfg.eval.limit, "blind": cfg.eval.blind}
+    return evaluate(predictor, benchmarks, out, before=before, **options)
 
 
 def report(

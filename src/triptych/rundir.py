@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 from triptych.errors import ConfigError
 
 CLAIM = ".claim"  # the marker of a directory that belongs to a run
+OUTCOME = "outcome.json"  # how the run ended, in its own words
 RUN_FILES = (CLAIM, "config.yaml", "metrics.jsonl", "results.json", "checkpoints", "bundle")
 _held: list[Any] = []  # open markers: their locks last as long as the process
 
@@ -58,6 +60,34 @@ def release_run_dir(path: str | Path) -> None:
     (Path(path) / CLAIM).unlink(missing_ok=True)
 
 
+def record_outcome(path: str | Path, state: str, value: Any = None, reason: str = "") -> None:
+    """Leave in a run's directory how it ended: finished with a value, or why it did not.
+
+    A value that JSON cannot hold is left out; what cannot be written is not an error of the run.
+    """
+    if rank():
+        return
+    row = {"state": state, "value": _plain(value), "reason": " ".join(reason.split())}
+    beside = Path(path) / f"{OUTCOME}.part"
+    with suppress(OSError):
+        beside.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        os.replace(beside, Path(path) / OUTCOME)
+
+
+def read_outcome(path: str | Path) -> dict[str, Any] | None:
+    """How the run of a directory ended; None if it did not say."""
+    try:
+        return json.loads((Path(path) / OUTCOME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def clear_outcome(path: str | Path) -> None:
+    """Forget how an earlier run in a directory ended, when it is continued."""
+    if not rank():
+        (Path(path) / OUTCOME).unlink(missing_ok=True)
+
+
 def check_run_dir(path: Path, resume: bool) -> None:
     """Raise ConfigError if the directory holds anything of a run and `resume` is false."""
     if not resume and any((path / name).exists() for name in RUN_FILES):
@@ -84,6 +114,17 @@ def rank() -> int:
     """This process's rank, before torch knows of it."""
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
     return next((int(os.environ[n]) for n in names if n in os.environ), 0)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _taken(path: Path) -> str:

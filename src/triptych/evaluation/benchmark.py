@@ -12,7 +12,7 @@ from triptych.evaluation.metrics.stats import clustered_bootstrap, wilson
 from triptych.evaluation.parsers import exact_answer, normalize_answer
 from triptych.evaluation.scorers import Generate, Likelihood, Outcome, Scorer
 from triptych.evaluation.similarity import Similarity
-from triptych.types import Sample, TriptychError
+from triptych.types import DataError, Sample, TriptychError
 
 SUBSETS = Path(__file__).parent / "subsets"
 
@@ -54,7 +54,8 @@ class AnswerBenchmark:
     field of `Sample.meta` that splits the accuracy. `parser(text, candidates)` reads a generated
     answer of at most `max_new_tokens`; its name is in the results. `scorers` (default: Generate,
     then Likelihood, then Similarity) are accepted in their order. `blind_subset` is a file of
-    sample ids (a name of `evaluation/subsets` or a path). Intervals are bootstrapped by
+    sample ids (a name of `evaluation/subsets` or a path), and `subset` one of the only samples that
+    are asked. Intervals are bootstrapped by
     `Sample.cluster`; where no cluster differs they are Wilson's over the clusters.
     """
 
@@ -67,11 +68,13 @@ class AnswerBenchmark:
         max_new_tokens: int = 16,
         scorers: Sequence[Scorer] | None = None,
         blind_subset: str | None = None,
+        subset: str | None = None,
     ) -> None:
+        samples = samples if subset is None else _only(samples, subset)
         self.samples, self.train, self.slice_by, self.parser = samples, train, slice_by, parser
         ways = [Generate(max_new_tokens), Likelihood(), Similarity()]
         self.scorers = list(scorers) if scorers else ways
-        self.blind_ids = _read_ids(blind_subset) if blind_subset else []
+        self.blind_ids = _read_ids(blind_subset, "blind_subset") if blind_subset else []
 
     @cached_property
     def prior(self) -> Prior | None:
@@ -126,8 +129,21 @@ def _accuracy(records: list[Record]) -> dict[str, Any]:
     }
 
 
-def _read_ids(name: str) -> list[str]:
+def _only(samples: Sequence[Sample], subset: str) -> list[Sample]:
+    """The samples that a file of ids names, in their own order."""
+    wanted = set(_read_ids(subset, "subset"))
+    found = [sample for sample in samples if sample.id in wanted]
+    if len(found) < len(wanted):
+        lost = sorted(wanted - {sample.id for sample in found})
+        raise DataError(
+            f"the subset '{subset}' names {len(lost)} samples that the benchmark does not have "
+            f"(first: {lost[0]}); give ids of its split."
+        )
+    return found
+
+
+def _read_ids(name: str, option: str) -> list[str]:
     path = SUBSETS / f"{name}.txt" if not Path(name).suffix else Path(name)
     if not path.is_file():
-        raise TriptychError(f"blind_subset '{name}' does not exist; give a file of sample ids.")
+        raise TriptychError(f"{option} '{name}' does not exist; give a file of sample ids.")
     return path.read_text(encoding="utf-8").split()

@@ -70,7 +70,8 @@ def _page(sections: Mapping[str, Sequence[Record]], pictures: Pictures) -> str:
 def _figure(record: Record, pictures: Pictures) -> str:
     images = "".join(_inlined(ref) for ref in pictures.get(record["sample_id"], ()))
     rows = {"question": record["question"], "gold": record["gold"], "answer": _answer(record)}
-    rows |= {name: record[name] for name in ("prior", "blind") if record.get(name) is not None}
+    beside = ("before", "prior", "blind")
+    rows |= {name: record[name] for name in beside if record.get(name) is not None}
     terms = "".join(
         f'<dt>{name}</dt><dd class="{name}">{html.escape(str(text))}</dd>'
         for name, text in rows.items()
@@ -100,7 +101,7 @@ def _answer(record: Record) -> str:
 
 def draw_gallery(sections: Mapping[str, Sequence[Record]], pictures: Pictures) -> Image.Image:
     """The sections as grids of picture, question, gold and answer, on one sheet."""
-    line, height = 15, PICTURE + 6 * 15 + 14
+    line, height = 15, PICTURE + 7 * 15 + 14
     tops, y = [], MARGIN
     for records in sections.values():
         tops.append(y)
@@ -134,11 +135,15 @@ def _draw_pictures(sheet: Image.Image, x: int, y: int, refs: Sequence[ImageRef])
 
 
 def _lines(record: Record, draw: ImageDraw.ImageDraw) -> list[tuple[str, str]]:
-    """At most six lines: three of the question, one of the gold answer, two of the model's."""
+    """At most seven lines: three of the question, one of the gold answer, two of the model's, and
+    one of what it answered before training."""
     color = RIGHT if record["correct"] else WRONG
+    before = record.get("before")
+    early = [] if before is None else _wrap(f"before: {before.strip() or '(empty)'}", draw, 1)
     return [
         *((text, INK) for text in _wrap(record["question"], draw, 3)),
         *((text, GREY) for text in _wrap(f"gold: {record['gold']}", draw, 1)),
+        *((text, GREY) for text in early),
         *((text, color) for text in _wrap(f"answer: {_answer(record)}", draw, 2)),
     ]
 

