@@ -19,7 +19,7 @@ TERMINATED = 143  # exit code after SIGTERM: 128 + 15, so that a scheduler can t
 
 
 class Checkpoints(pl.Callback):
-    """Saves every `minutes` and at the end, and restores the random state on resume.
+    """Saves every `minutes` or `steps`, and restores the random state on resume.
 
     A checkpoint is complete under its final name or not there at all. SIGTERM saves the step just
     done and ends the process with code 143.
@@ -53,6 +53,9 @@ class Checkpoints(pl.Callback):
         by_steps = self.steps is not None and step % self.steps == 0
         by_time = self.steps is None and time.monotonic() - self._saved_at > 60 * self.minutes
         if by_steps or by_time or self._terminate:
+            # Lightning writes a step's metrics behind this hook: a process killed in between would
+            # continue behind a row that nobody wrote. RunLogger drops the second writing.
+            trainer._logger_connector.update_train_step_metrics()
             self.save(trainer)
         if self._terminate:
             print(f"SIGTERM: saved step {step}; continue with ckpt=last.", flush=True)

@@ -38,6 +38,7 @@ class RunLogger(Logger):
         self._earlier = 0  # rows that earlier processes have written
         self._repeats: int | None = None  # the step at which a continued run writes again
         self._offset = 0.0
+        self._last: tuple[int | None, set[str]] = (None, set())
         self._start = time.monotonic()
 
     @property
@@ -63,6 +64,13 @@ class RunLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self._open()
         values = {key: _plain(value) for key, value in metrics.items()}
+        if step is not None and step == self._last[0] and self._last[1] <= values.keys():
+            # a checkpoint had this row written before Lightning's own turn
+            values = {key: value for key, value in values.items() if key not in self._last[1]}
+            if not values:
+                return
+        else:
+            self._last = step, set(values)
         if step is not None and step == self._repeats:
             self._rewrite(lambda at, row: at >= self._earlier or not _same(row, step, values))
         now = round(self._offset + time.monotonic() - self._start, 3)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch.utils.data import DataLoader
 
 from triptych.data.rows import Rows, RowSampler
@@ -69,6 +70,7 @@ class DataModule(pl.LightningDataModule):
             num_workers=self.workers,
             persistent_workers=False,
             pin_memory=False,
+            generator=torch.Generator().manual_seed(self.seed),  # leaves the global one alone
         )
         return Windows(loader, self.objective, self.accumulate)
 
@@ -84,8 +86,7 @@ class DataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """Where the data stands: the epoch, and its batches already used."""
-        loop = self.trainer.fit_loop
-        used = loop.epoch_loop.batch_progress.current.ready
+        used = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         return {"epoch": self.trainer.current_epoch, "batch": used}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
