@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from triptych.adapt import Quantization, adapt, fingerprint
 from triptych.models.base import Model
 from triptych.table import PartsTable, merge
+from triptych.targets import locate
 from triptych.types import TriptychError
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ def build(node: DictConfig, **objects: Any) -> Any:
 
 def check(cfg: DictConfig) -> None:
     """Refuse what cannot work before anything heavy is loaded."""
+    if is_remote(cfg.model):
+        raise TriptychError(
+            f"model={cfg.model.name} answers from afar and has no weights here; use it with "
+            "evaluate.py."
+        )
     quantized = cfg.quantization.method != "none"
     if cfg.peft.name == "qlora" and not quantized:
         raise TriptychError(
@@ -63,6 +69,12 @@ def check(cfg: DictConfig) -> None:
         raise TriptychError(
             "quantization=int8 trains on one device; use nf4, or trainer.devices=1."
         )
+
+
+def is_remote(model: DictConfig) -> bool:
+    """Whether a model's node names a predictor of its own, with no weights here."""
+    kind = locate(str(model._target_), "model")
+    return isinstance(kind, type) and not issubclass(kind, torch.nn.Module)
 
 
 def build_model(cfg: DictConfig, asked: Sequence[str] = (), meta: bool = False) -> Adapted:

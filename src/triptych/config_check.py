@@ -34,6 +34,7 @@ OPEN = (
     "peft.roles",
     "peft.options",
     "model.trains",
+    "model.options",
     "optim.parts",
     "trainer.options",
     "hydra.job.env_set",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -19,6 +20,28 @@ def world() -> int:
 def rank() -> int:
     """This process among them, from 0."""
     return dist.get_rank() if world() > 1 else 0
+
+
+def start() -> None:
+    """Join the processes that torchrun started, unless a trainer has done it already."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and dist.is_available() and not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def wait() -> None:
+    """Go on when every process has come here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def share(value: Any) -> Any:
+    """The first process's plain value, on every process."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def gather(rows: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,23 @@ from triptych.build import (
     parts_asked,
     without,
 )
-from triptych.bundle import find_bundle, init_from, load_bundle, save_bundle
+from triptych.bundle import init_from, save_bundle
 from triptych.callbacks import FiniteGuard, GradNorms, Progress, Throughput
 from triptych.checkpoint import Checkpoints, latest
 from triptych.data.cache import FeatureCache, cache_dir
 from triptych.data.datamodule import DataModule
+from triptych.distributed import rank, share, start, wait
+from triptych.evaluation.command import (
+    build_benchmarks,
+    identity_of,
+    load_predictor,
+    rescore_folder,
+    score,
+)
+from triptych.evaluation.compare_runs import FILES
 from triptych.evaluation.during import EvaluateSlice
 from triptych.evaluation.model_predictor import ModelPredictor
 from triptych.evaluation.records import format_table, merge_results, sample_rows
-from triptych.evaluation.runner import evaluate
 from triptych.hardware import keep_memory, quiet_libraries, return_memory
 from triptych.lit import LitVLM
 from triptych.rundir import record_outcome, release_run_dir
@@ -68,7 +75,7 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
     facts = {**system_info(cfg), "table": [vars(row) for row in adapted.table.rows]}
     (folder / "system.json").write_text(json.dumps(facts, indent=1, default=str))
     predictor = ModelPredictor(adapted.model, processor, batch_size=cfg.eval.batch_size)
-    benchmarks = build_benchmarks(cfg.get("benchmark"))
+    benchmarks, left_out = build_benchmarks(cfg.get("benchmark"))
     trainer = build_trainer(cfg, folder, optim.clip, EvaluateSlice(predictor, benchmarks, cfg.eval))
     exit_code = 1
     try:
@@ -76,13 +83,20 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
         tables, first = {}, None
         if cfg.eval.at_start and benchmarks:
             first = folder / "before"
-            once = partial(evaluate, blind="none")  # the baselines stand beside the final numbers
-            tables["before"] = once(predictor, benchmarks, first, limit=cfg.eval.limit)
+            # the baselines stand beside the final numbers alone
+            once = OmegaConf.merge(cfg, {"eval": {"blind": "none"}})
+            identity = identity_of(cfg, adapted)
+            tables["before"] = score(once, predictor, benchmarks, first, identity)
         fit(cfg, trainer, module, data, adapted, folder)
+        bundle = folder / "bundle"
         if trainer.is_global_zero:
             note = {"steps": trainer.global_step}
-            save_bundle(folder / "bundle", adapted, processor, cfg, note)
-        tables["after" if tables else "value"] = score(cfg, predictor, benchmarks, folder, first)
+            save_bundle(bundle, adapted, processor, cfg, note)
+        wait()
+        identity = identity_of(cfg, adapted, bundle)
+        tables["after" if tables else "value"] = score(
+            cfg, predictor, benchmarks, folder, identity, left_out=left_out, before=first
+        )
         report(trainer, tables, folder, facts, benchmarks)
         exit_code = 0
     finally:
@@ -116,52 +130,31 @@ def fit(
 
 
 def evaluate_only(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float | None:
-    """Score a run with its own configuration, or a preset that was never trained here."""
+    """Score a run with its own configuration, a preset never trained here, or a remote model.
+
+    `rescore=DIR` judges stored answers anew instead. Started by torchrun, processes share the work.
+    """
     keep_memory()
     quiet_libraries()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    if (cfg.run is None) == (cfg.model is None):
-        raise TriptychError("give run=DIR to score a run, or model=NAME to score a preset.")
-    chosen = cfg.get("benchmark")
-    if cfg.run is not None:
-        bundle = find_bundle(cfg.run)
-        if bundle is None:
-            raise TriptychError(f"run={cfg.run} is no run: it holds no bundle/bundle.json.")
-        trained, adapted = load_bundle(bundle)
-        chosen = chosen or trained.get("benchmark")
-    else:
-        adapted = build_model(cfg, asked=parts_asked(overrides))
-    processor = adapted.model.processor()
-    predictor = ModelPredictor(adapted.model, processor, batch_size=cfg.eval.batch_size)
-    results = score(cfg, predictor, build_benchmarks(chosen), folder)
-    print(format_table({"value": results}))
-    if cfg.run is not None:
-        merge_results(Path(cfg.run) / "results.json", results)
-    print(f"Results: {folder}", flush=True)
+    if cfg.rescore is not None:
+        if cfg.run is not None or cfg.model is not None:
+            raise TriptychError("rescore=DIR takes all it needs from DIR; leave out run and model.")
+        before, after = rescore_folder(Path(cfg.rescore))
+        print(format_table({"before": before, "rescored": after}))
+        return headline(after)
+    start()
+    folder = Path(share(str(folder)))  # each process has drawn a name of its own
+    predictor, identity, nodes = load_predictor(cfg, overrides)
+    benchmarks, left_out = build_benchmarks(nodes)
+    results = score(cfg, predictor, benchmarks, folder, identity, nodes, left_out)
+    if rank() == 0:
+        print(format_table({"value": results}))
+        if cfg.run is not None and cfg.eval.images == "own" and cfg.eval.limit is None:
+            merge_results(Path(cfg.run) / "results.json", results)
+        print(f"Results: {folder}", flush=True)
     record_outcome(folder, "finished", headline(results))
     return headline(results)
-
-
-def build_benchmarks(nodes: DictConfig | None) -> dict[str, Any]:
-    """The benchmarks a configuration chose, by name."""
-    return {str(name): build(node) for name, node in (nodes or {}).items()}
-
-
-def score(
-    cfg: DictConfig,
-    predictor: ModelPredictor,
-    benchmarks: dict[str, Any],
-    out: Path,
-    before: Path | None = None,
-) -> dict[str, Any]:
-    """Run the benchmarks on a model; slices and permutations do not follow the training seed.
-
-    before: where the same model was scored untuned; its answers stand beside the new ones.
-    """
-    if not benchmarks:
-        return {"metrics": {}}
-    options = {"limit": cfg.eval.limit, "blind": cfg.eval.blind}
-    return evaluate(predictor, benchmarks, out, before=before, **options)
 
 
 def report(
@@ -180,6 +173,8 @@ def report(
         if hasattr(logger, "log_samples"):
             samples = chain.from_iterable(b.samples for b in benchmarks.values())
             logger.log_samples(sample_rows(folder, samples), trainer.global_step)
+        if hasattr(logger, "log_evaluation"):
+            logger.log_evaluation(folder, FILES)
 
 
 def build_trainer(

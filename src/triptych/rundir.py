@@ -102,8 +102,13 @@ def slug(text: object, longest: int = 80) -> str:
     return name if lossless else f"{name}-{hashlib.sha1(raw.encode()).hexdigest()[:6]}".lstrip("-")
 
 
-def evaluation_dir(run: object, model: object, options: object) -> str:
-    """Where evaluate.py writes: DIR/eval/HASH of the options, or a new directory for a preset."""
+def evaluation_dir(run: object, model: object, options: object, rescored: object = None) -> str:
+    """Where evaluate.py writes: DIR/eval/HASH of the options, or a new directory for a preset.
+
+    Stored answers that are judged anew stay where they are; only Hydra's own files go below.
+    """
+    if rescored is not None:
+        return f"{rescored}/rescored"
     if run is not None:
         return f"{run}/eval/{hashlib.sha1(str(options).encode()).hexdigest()[:8]}"
     now = time.strftime("%Y-%m-%d_%H-%M-%S")

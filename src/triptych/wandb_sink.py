@@ -86,6 +86,22 @@ class WandbSink(Logger):
             self._guard(lambda: run.log({name: _table(rows), "step": step or 0}))
 
     @rank_zero_only
+    def log_evaluation(self, folder: Path, files: Sequence[str]) -> None:
+        """Files of a folder of results as one artifact, from which runs are compared elsewhere."""
+        if run := self.experiment:
+
+            def send() -> None:
+                import wandb
+
+                artifact = wandb.Artifact(f"evaluation-{run.id}", type="evaluation")
+                for name in files:
+                    if (folder / name).is_file():
+                        artifact.add_file(str(folder / name), name=name)
+                run.log_artifact(artifact)
+
+            self._guard(send)
+
+    @rank_zero_only
     def log_summary(self, values: Mapping[str, Any]) -> None:
         """Values that describe the whole run, such as final results or the system's description."""
         if run := self.experiment:

@@ -10,7 +10,8 @@ from typing import Any
 
 from triptych.types import Sample
 
-Results = dict[str, dict[str, dict[str, Any]]]  # {"metrics": {"easy_vqa/accuracy": {"value": ...}}}
+# {"metrics": {"easy_vqa/accuracy": {"value": ...}}, "left_out": {"docvqa": "why"}}
+Results = dict[str, dict[str, Any]]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -19,6 +20,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     beside = path.with_name(path.name + ".part")
     beside.write_text(text + "\n", encoding="utf-8")
     os.replace(beside, path)
+
+
+def read_results(folder: Path) -> Results:
+    """The results of a folder; empty if there are none yet."""
+    path = folder / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"metrics": {}}
 
 
 def merge_results(path: Path, results: Results) -> Results:

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
-import time
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from triptych.evaluation.baselines import permute_images
-from triptych.evaluation.benchmark import Benchmark, Metrics, Record
+from triptych.distributed import rank, share
+from triptych.evaluation.asking import ask, batches_of
+from triptych.evaluation.benchmark import Benchmark
 from triptych.evaluation.gallery import write_gallery
-from triptych.evaluation.planning import clusters_of, image_subset, plan
+from triptych.evaluation.identity import inference_facts, model_facts
+from triptych.evaluation.judging import Judged, judge
 from triptych.evaluation.predictor import Predictor
-from triptych.evaluation.records import Results, read_answers, write_json, write_samples
-from triptych.evaluation.scorers import Outcome, Scorer, choose
-from triptych.types import DataError, Sample, TriptychError
+from triptych.evaluation.records import (
+    Results,
+    read_answers,
+    read_results,
+    write_json,
+    write_samples,
+)
+from triptych.evaluation.scorers import Outcome, Scorer, able
+from triptych.evaluation.store import FOLDER, Answers, stored_answers
+from triptych.evaluation.task import Settings, Task
+from triptych.rundir import slug
+from triptych.types import Sample, TriptychError
 
-BLIND_SIZE = 1000  # questions of the blind run unless blind="all"
-BLIND_RULE = 0  # the seed by which a benchmark without a committed subset draws one
+Identity = Mapping[str, Any]
 
 
 def evaluate(
@@ -31,174 +40,157 @@ def evaluate(
     benchmarks: dict[str, Benchmark],
     out: Path | None,
     *,
-    limit: int | None = None,
-    blind: str = "subset",
-    seed: int = 0,
-    progress: bool = True,
+    identity: Identity | None = None,
+    left_out: Mapping[str, str] | None = None,
     before: Path | None = None,
+    progress: bool = True,
+    **settings: Any,
 ) -> Results:
     """Score a model on benchmarks and leave results, times, records and galleries in `out`.
 
-    limit: at most so many questions of each benchmark, all those of seeded images. blind: run
-    again with permuted images on a fixed "subset" of 1,000 questions, on "all", or "none".
-    seed draws the limited images, the permutation and the gallery. With out=None nothing is
-    written. The outcome does not depend on the batch size. before: a folder that an earlier call
-    wrote, whose answers stand beside the new ones in the gallery.
+    settings: those of `Settings`. identity: what is known of the model beside its weights, such as
+    the hashes of its bundle. Answers are kept in `out` as they come: the same call goes on where
+    a killed one stopped, and ends in the same bytes; several processes share the work. With
+    out=None nothing is written and every process asks for itself. Of several benchmarks, those that
+    the model cannot do are left out, and the results say so beside what the caller had to leave
+    out. before: a folder that an earlier call wrote, whose answers stand beside the new ones. No
+    outcome depends on the batch size.
     """
-    if blind not in ("subset", "all", "none"):
-        raise TriptychError(f"eval.blind='{blind}' is unknown; use subset, all or none.")
-    if limit is not None and limit < 1:
-        raise TriptychError(f"eval.limit={limit} leaves no question; use 1 or more, or null.")
-    runs = {}
+    chosen = Settings(**settings)
+    say = partial(print, flush=True) if progress and rank() == 0 else _silent
+    facts = {} if out is None else {**model_facts(predictor), **(identity or {})}
+    runs: list[Judged] = []
+    left_out = dict(left_out or {})
     for name, benchmark in benchmarks.items():
-        samples = _select(name, benchmark, limit, seed)
-        runs[name] = _run(name, benchmark, predictor, samples, blind, seed, progress)
-    metrics = {
-        f"{name}/{key}": entry for name, run in runs.items() for key, entry in run.metrics.items()
-    }
-    results: Results = {"metrics": metrics}
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "results.json", results)
-        timing = {name: run.timing for name, run in runs.items()}
-        write_json(out / "timing.json", {"benchmarks": timing, **peak_memory()})
-        records = [record for run in runs.values() for record in run.records]
-        if before is not None:
-            earlier = read_answers(before)
-            for record in records:
-                record["before"] = earlier.get((record["benchmark"], record["sample_id"]))
-        write_samples(out / "samples.parquet", records)
-        images = {s.id: s.images for run in runs.values() for s in run.samples}
-        write_gallery(out, records, images, seed)
-    return results
+        try:
+            scorers = able(benchmark.scorers, predictor, name, chosen.scorer)
+        except TriptychError as error:
+            if len(benchmarks) == 1 and not left_out:
+                raise
+            left_out[name] = str(error)
+            say(f"{name}: left out, {error}")
+            continue
+        task = Task(name, benchmark, chosen)
+        for scorer, suffix in scorers:
+            runs.append(_asked(task, scorer, suffix, predictor, out, facts, say))
+    if not runs:
+        raise TriptychError("; ".join(left_out.values()) or "there is no benchmark to run.")
+    return share(_write(runs, left_out, out, chosen.seed, before=before) if rank() == 0 else None)
 
 
-@dataclass
-class _Run:
-    samples: list[Sample]
-    records: list[Record]
-    metrics: Metrics
-    timing: dict[str, Any]
+def rescore(
+    benchmarks: dict[str, Benchmark],
+    out: Path,
+    left_out: Mapping[str, str] | None = None,
+    **settings: Any,
+) -> Results:
+    """Judge the answers that are stored in `out` anew, with no model; same answers, same bytes."""
+    chosen = Settings(**settings)
+    folder = out / FOLDER
+    headers = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))]
+    order = {name: number for number, name in enumerate(benchmarks)}
+    own = [h for h in headers if h["part"] == "own" and h["benchmark"] in order]
+    if not own:
+        raise TriptychError(f"{out} holds no stored answers ({FOLDER}/); evaluate it first.")
+    runs = []
+    for header in sorted(own, key=lambda h: (order[h["benchmark"]], h["suffix"])):
+        task = Task(header["benchmark"], benchmarks[header["benchmark"]], chosen)
+        outcomes = stored_answers(folder, header["file"], [s.id for s in task.samples])
+        rows, permuted = task.blind()
+        seen: list[Outcome] = []
+        if permuted:
+            seen = stored_answers(folder, f"{header['file']}.blind", [s.id for s in permuted])
+        run = judge(task, header, outcomes, rows, permuted, seen)
+        runs.append(run)
+    there, stored = {header["benchmark"] for header in own}, read_results(out)
+    said = {k: v for k, v in stored.get("left_out", {}).items() if k not in there}
+    others = {k: v for k, v in stored["metrics"].items() if k.split("/")[0] not in there}
+    before = out / "before" if (out / "before" / "samples.parquet").exists() else None
+    return _write(runs, said | dict(left_out or {}), out, chosen.seed, others, before)
 
 
-def _run(
-    name: str,
-    benchmark: Benchmark,
+def _asked(
+    task: Task,
+    scorer: Scorer,
+    suffix: str,
     predictor: Predictor,
-    samples: list[Sample],
-    blind: str,
-    seed: int,
-    progress: bool,
-) -> _Run:
-    """One benchmark: the model, then the two baselines, judged by the same functions."""
-    scorer = choose(benchmark.scorers, predictor, name)
-    say = partial(print, flush=True) if progress else _silent
-    say(f"{name}: {len(samples):,} questions, scorer {scorer.name}")
-    outcomes, timing = _ask(scorer, predictor, samples, name, progress)
-    records = [benchmark.record(s, o) for s, o in zip(samples, outcomes, strict=True)]
+    out: Path | None,
+    facts: Identity,
+    say: Callable[[str], None],
+) -> Judged:
+    """Ask the model, then ask it again with permuted images, and judge both."""
+    name = task.name
+    say(f"{name}: {len(task.samples):,} questions, scorer {scorer.name}")
+    header = {
+        "benchmark": name,
+        "suffix": suffix,
+        "scorer": scorer.name,
+        "part": "own",
+        "file": slug(name + suffix),
+        "batch_size": predictor.batch_size,
+    }
 
-    guesses: list[Record] = []
-    if (prior := benchmark.prior) is not None:
-        words = [prior.guess(sample) for sample in samples]
-        guesses = [benchmark.record(s, Outcome(w, w)) for s, w in zip(samples, words, strict=True)]
+    def answers(samples: list[Sample], part: str, label: str) -> tuple[list[Outcome], dict]:
+        if hasattr(predictor, "forecast"):
+            say(predictor.forecast(samples, scorer))
+        batches = batches_of(scorer, predictor, samples)
+        store = None
+        if out is not None:
+            known = header | {"part": part} | inference_facts(facts, scorer, samples)
+            file = header["file"] + ("" if part == "own" else f".{part}")
+            ids = [s.id for s in samples]
+            store = Answers(out / FOLDER, file, known | {"file": file}, ids, batches)
+            header.update(known if part == "own" else {})
+        return ask(scorer, predictor, samples, batches, store, label, say is not _silent)
 
-    means_something = getattr(benchmark, "permuted", True)
-    rows = _blind_rows(benchmark, samples, blind if means_something else "none")
-    permuted = permute_images([samples[row] for row in rows], seed)
-    seen: list[Record] = []
+    outcomes, timing = answers(task.samples, "own", name)
+    rows, permuted = task.blind()
+    seen: list[Outcome] = []
     if permuted:
         say(f"{name}: blind (images permuted) on {len(permuted):,} of them")
-        outcomes, timing["blind"] = _ask(scorer, predictor, permuted, f"{name} blind", progress)
-        seen = [benchmark.record(s, o) for s, o in zip(permuted, outcomes, strict=True)]
-
-    metrics = _join(
-        benchmark.metrics(records),
-        prior=benchmark.metrics(guesses) if guesses else {},
-        blind=benchmark.metrics(seen) if seen else {},
-    )
-    for entry in metrics.values():
-        entry["scorer"] = scorer.name
-    for record in records:
-        record.update(benchmark=name, scorer=scorer.name, prior=None, blind=None)
-    for record, guess in zip(records, guesses, strict=False):
-        record["prior"] = guess["parsed"]
-    for row, record in zip(rows, seen, strict=False):
-        records[row]["blind"] = record["parsed"] or ""
-    return _Run(samples, records, metrics, timing)
+        seen, timing["blind"] = answers(permuted, "blind", f"{name} blind")
+    if rank() > 0:
+        return Judged([], [], {}, {}, suffix)
+    run = judge(task, header, outcomes, rows, permuted, seen)
+    run.timing = timing
+    return run
 
 
-def _select(name: str, benchmark: Benchmark, limit: int | None, seed: int) -> list[Sample]:
-    every = benchmark.samples
-    if limit is not None and limit < len(every):
-        samples = [every[i] for i in image_subset(clusters_of(every), limit, seed)]
-    else:
-        samples = [every[i] for i in range(len(every))]
-    if not samples:
-        raise DataError(f"benchmark '{name}' has no sample; check its data.")
-    counts = Counter(sample.id for sample in samples)
-    double = [key for key, count in counts.items() if count > 1]
-    if double:
-        raise DataError(
-            f"benchmark '{name}' has {len(double)} sample ids more than once, the first is "
-            f"'{double[0]}'; records are joined by id, so give each sample its own."
-        )
-    return samples
+def _write(
+    runs: Sequence[Judged],
+    left_out: Mapping[str, str],
+    out: Path | None,
+    seed: int,
+    others: Mapping[str, Any] | None = None,
+    before: Path | None = None,
+) -> Results:
+    """The results of all runs, written to `out` with their records, times and pictures.
 
-
-def _blind_rows(benchmark: Benchmark, samples: list[Sample], blind: str) -> list[int]:
-    """Rows of the blind run: the committed ids if all are there, else drawn by a fixed rule."""
-    if blind == "none":
-        return []
-    if blind == "all":
-        return list(range(len(samples)))
-    places = {sample.id: row for row, sample in enumerate(samples)}
-    if benchmark.blind_ids and all(key in places for key in benchmark.blind_ids):
-        return [places[key] for key in benchmark.blind_ids]
-    return image_subset(clusters_of(samples), BLIND_SIZE, BLIND_RULE)
-
-
-def _ask(
-    scorer: Scorer, predictor: Predictor, samples: list[Sample], label: str, progress: bool
-) -> tuple[list[Outcome], dict[str, Any]]:
-    """Outcomes in the order of the samples, and what they cost."""
-    from tqdm import tqdm
-
-    outcomes: list[Outcome | None] = [None] * len(samples)
-    calls, tokens = predictor.vision_calls, predictor.generated_tokens
-    start = time.perf_counter()
-    with tqdm(total=len(samples), desc=label, unit="q", disable=not progress) as bar:
-        whole = getattr(scorer, "whole", False)
-        every = [list(range(len(samples)))]
-        for rows in every if whole else plan(samples, predictor.batch_size):
-            answers = scorer.ask(predictor, [samples[row] for row in rows])
-            for row, outcome in zip(rows, answers, strict=True):
-                outcomes[row] = outcome
-            bar.update(len(rows))
-    seconds = time.perf_counter() - start
-    return outcomes, {
-        "seconds": round(seconds, 3),
-        "questions": len(samples),
-        "questions_per_second": round(len(samples) / max(seconds, 1e-9), 2),
-        "distinct_images": len({image.key for s in samples for image in s.images}),
-        "vision_calls": predictor.vision_calls - calls,
-        "generated_tokens": predictor.generated_tokens - tokens,
-    }
-
-
-def _join(metrics: Metrics, **baselines: Metrics) -> Metrics:
-    """Write each baseline's value, interval and n beside the score of the same key."""
-    joined: Metrics = {}
-    for key, entry in metrics.items():
-        entry = dict(entry)
-        for name, others in baselines.items():
-            other = others.get(key, {})
-            entry[name] = other.get("value")
-            entry |= {f"{name}_{part}": other.get(part) for part in ("low", "high", "n")}
-        tops = [entry.get(f"{name}_high") for name in baselines]
-        known = entry.get("low") is not None and None not in tops
-        entry["uses_images"] = entry["low"] > max(tops) if known else None
-        joined[key] = {k: round(v, 6) if isinstance(v, float) else v for k, v in entry.items()}
-    return joined
+    others: metrics of benchmarks that are in the file already and stay there.
+    """
+    metrics = {k: v for run in runs for k, v in run.metrics.items()}
+    results: Results = {"metrics": {**(others or {}), **metrics}}
+    if left_out:
+        results["left_out"] = dict(left_out)
+    if out is None:
+        return results
+    out.mkdir(parents=True, exist_ok=True)
+    named = {run.facts["inference"]["file"]: run for run in runs}
+    if any(run.timing for run in runs):
+        timing = {name: run.timing for name, run in named.items()}
+        write_json(out / "timing.json", {"benchmarks": timing, **peak_memory()})
+    write_json(out / "provenance.json", {name: run.facts for name, run in named.items()})
+    records = [row for run in runs for row in run.records]
+    if before is not None:
+        earlier = read_answers(before)
+        for record in records:
+            record["before"] = earlier.get((record["benchmark"], record["sample_id"]))
+    write_samples(out / "samples.parquet", records)
+    first = [run for run in runs if not run.suffix] or runs
+    images = {s.id: s.images for run in first for s in run.samples}
+    write_gallery(out, [row for run in first for row in run.records], images, seed)
+    write_json(out / "results.json", results)
+    return results
 
 
 def peak_memory() -> dict[str, int]:

@@ -9,6 +9,8 @@ from typing import Protocol
 from triptych.evaluation.predictor import Predictor
 from triptych.types import Sample, TriptychError
 
+FAILED = ("timeout", "error")  # states of an Outcome that holds no answer; "refusal" holds words
+
 
 @dataclass
 class Outcome:
@@ -36,7 +38,10 @@ class Scorer(Protocol):
 
 @dataclass
 class Generate:
-    """Free generation, greedy unless told otherwise; the benchmark's parser reads the text."""
+    """Free generation, greedy unless told otherwise; the benchmark's parser reads the text.
+
+    A predictor that knows more than the text (refusals, time-outs) tells it by `respond`.
+    """
 
     max_new_tokens: int = 16
     decoding: dict = field(default_factory=dict)
@@ -45,6 +50,8 @@ class Generate:
 
     def ask(self, predictor: Predictor, samples: Sequence[Sample]) -> list[Outcome]:
         """One generated text a sample."""
+        if hasattr(predictor, "respond"):
+            return predictor.respond(samples, self.max_new_tokens, **self.decoding)
         texts = predictor.generate(samples, max_new_tokens=self.max_new_tokens, **self.decoding)
         return [Outcome(text) for text in texts]
 
@@ -73,18 +80,36 @@ class Likelihood:
             sums = [score.sum for score in scores]
             best = max(sums)
             choice = sample.candidates[sums.index(best)] if sums.count(best) == 1 else ""
-            outcomes.append(Outcome(choice, choice or None, sums))
+            sizes = {
+                "candidate_tokens": [score.tokens for score in scores],
+                "candidate_bytes": [score.bytes for score in scores],
+            }
+            outcomes.append(Outcome(choice, choice or None, sums, sizes))
         return outcomes
 
 
-def choose(scorers: Sequence[Scorer], predictor: Predictor, benchmark: str) -> Scorer:
-    """The first scorer whose capability the predictor declares."""
-    for scorer in scorers:
-        if scorer.needs in predictor.capabilities:
-            return scorer
-    accepted = " or ".join(scorer.needs for scorer in scorers)
-    offered = ", ".join(sorted(predictor.capabilities)) or "nothing"
-    raise TriptychError(
-        f"benchmark '{benchmark}' needs a model that can do {accepted}, and this one offers "
-        f"{offered}; leave it out (benchmark=none) or choose another model."
-    )
+def able(
+    scorers: Sequence[Scorer], predictor: Predictor, benchmark: str, wanted: str | None = None
+) -> list[tuple[Scorer, str]]:
+    """The first scorer whose capability the predictor declares, or the `wanted` one, or "all".
+
+    Beside each stands what its metric keys end in: "" for the first, else "@name".
+    """
+    there = [s for s in scorers if s.needs in predictor.capabilities]
+    if not there:
+        accepted = " or ".join(scorer.needs for scorer in scorers)
+        offered = ", ".join(sorted(predictor.capabilities)) or "nothing"
+        raise TriptychError(
+            f"benchmark '{benchmark}' needs a model that can do {accepted}, and this one offers "
+            f"{offered}; leave it out (benchmark=none) or choose another model."
+        )
+    named = [(s, f"@{s.name}" if i else "") for i, s in enumerate(there)]
+    if wanted in (None, "all"):
+        return named if wanted else named[:1]
+    if wanted not in [scorer.name for scorer in there]:
+        names = ", ".join(scorer.name for scorer in there)
+        raise TriptychError(
+            f"eval.scorer={wanted} is none that benchmark '{benchmark}' accepts of this model; "
+            f"choose of {names}, or all."
+        )
+    return [pair for pair in named if pair[0].name == wanted]
