@@ -184,7 +184,7 @@ def test_answers_and_likelihoods_do_not_depend_on_the_batch(models, samples, dia
     answers = one.generate(asked, max_new_tokens=5)
     assert many.generate(asked, max_new_tokens=5) == answers
     assert len(set(answers)) > 1
-    assert one.capabilities == {"generate", "loglikelihood"}
+    assert one.capabilities == {"generate", "loglikelihood", "sentences"}
     candidates = [["red", "a blue circle"]] * len(asked)
     alone, together = (p.loglikelihood(asked, candidates) for p in (one, many))
     for row, other in zip(alone, together, strict=True):

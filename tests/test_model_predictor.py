@@ -110,7 +110,7 @@ def test_answers_do_not_depend_on_the_batch_size(parts, samples) -> None:
     assert len(set(answers)) > 4, "an untrained model of this width answers unlike questions apart"
     assert alone.vision_calls == few.vision_calls == many.vision_calls == 3
     assert alone.generated_tokens == many.generated_tokens > 0
-    assert alone.capabilities == {"generate", "loglikelihood"}
+    assert alone.capabilities == {"generate", "loglikelihood", "sentences"}
 
 
 def test_an_answer_sees_its_own_image(parts, samples) -> None:

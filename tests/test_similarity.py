@@ -135,7 +135,7 @@ def test_closed_answers_are_read_as_captions():
     assert (entry["value"], entry["scorer"], entry["chance"]) == (1.0, "similarity", 0.25)
     assert entry["prior"] == 0.25 and entry["blind"] is not None
     assert score(Constant(), AnswerBenchmark(samples))["b/accuracy"]["value"] == 0.0  # strict
-    assert Similarity()._caption(samples[0], "red") == "what color is it? red"
+    assert Similarity().captions(samples[0])[0] == "what color is it? red"
 
 
 def test_each_distinct_image_is_embedded_once():

@@ -159,6 +159,23 @@ def test_lending_a_prefix_changes_no_answer(vlm, dialogue, decoding):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("penalty", [-4.0, 1.0, 4.0])
+def test_beams_over_a_lent_prefix_equal_beams_that_read_it_themselves(vlm, dialogue, penalty):
+    """The same rows with the prefix read once and lent, and read by every row and beam."""
+    vlm.eval()
+    words = ("what?", "is there a circle in the image?", "describe the picture:", "color")
+    samples = [dialogue((w, "x"), images=i, name=f"{w}{i}") for i in ((0,), (1,)) for w in words]
+    batch = vlm.processor().prompts(samples)
+    tokens = batch.text["language"]
+    decoding = {"num_beams": 3, "length_penalty": penalty, "max_new_tokens": 6}
+    with torch.inference_mode():
+        embeds, _ = vlm.fusion(vlm.language.embed(tokens), vlm.visual(batch), batch)
+        lent = vlm.language.generate(embeds, tokens, first=first_alike(batch), **decoding)
+        alone = vlm.language.generate(embeds, tokens, first=None, **decoding)
+    assert lent.tolist() == alone.tolist()
+    assert len({tuple(row) for row in lent.tolist()}) > 3
+
+
 def test_greedy_generation_equals_the_librarys_on_text(vlm, dialogue):
     vlm.eval()
     processor = vlm.processor()

@@ -31,6 +31,11 @@ class PairProcessor:
     def tokenizer(self):  # noqa: ANN201  (the library's type is imported lazily)
         return self.part.tokenizer
 
+    def encode(self, texts: list[str], max_length: int | None = None, use: str = "read") -> Tokens:
+        """Texts to be compared ("read"), or matched beside an image ("match")."""
+        most = min(max_length or self.max_length, self.max_length)
+        return self.part.encode(list(texts), most, use=use)
+
     def rows(self, rows: Sequence[Sequence[Sample]]) -> Batch:
         return self.collate([sample for row in rows for sample in row])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from triptych.evaluation.baselines import Prior, question_of
+from triptych.evaluation.matching import Match
 from triptych.evaluation.metrics.stats import clustered_bootstrap, wilson
 from triptych.evaluation.parsers import exact_answer, normalize_answer
 from triptych.evaluation.scorers import Generate, Likelihood, Outcome, Scorer
@@ -53,7 +54,7 @@ class AnswerBenchmark:
     samples: each with a `target`; `train`: the training split for the prior. `slice_by` names the
     field of `Sample.meta` that splits the accuracy. `parser(text, candidates)` reads a generated
     answer of at most `max_new_tokens`; its name is in the results. `scorers` (default: Generate,
-    then Likelihood, then Similarity) are accepted in their order. `blind_subset` is a file of
+    then Likelihood, Match, Similarity) are accepted in their order. `blind_subset` is a file of
     sample ids (a name of `evaluation/subsets` or a path), and `subset` one of the only samples that
     are asked. Intervals are bootstrapped by
     `Sample.cluster`; where no cluster differs they are Wilson's over the clusters.
@@ -72,7 +73,7 @@ class AnswerBenchmark:
     ) -> None:
         samples = samples if subset is None else _only(samples, subset)
         self.samples, self.train, self.slice_by, self.parser = samples, train, slice_by, parser
-        ways = [Generate(max_new_tokens), Likelihood(), Similarity()]
+        ways = [Generate(max_new_tokens), Likelihood(), Match(), Similarity()]
         self.scorers = list(scorers) if scorers else ways
         self.blind_ids = _read_ids(blind_subset, "blind_subset") if blind_subset else []
 

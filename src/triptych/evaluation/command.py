@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from triptych.build import OUR_KEYS, Adapted, build, build_model, is_remote, parts_asked, without
 from triptych.bundle import find_bundle, load_bundle
 from triptych.distributed import rank, wait
+from triptych.evaluation.card.write import after_evaluation
+from triptych.evaluation.contamination import watch_all
 from triptych.evaluation.identity import config_facts, file_hashes
 from triptych.evaluation.model_predictor import ModelPredictor
 from triptych.evaluation.predictor import Predictor
@@ -102,12 +104,15 @@ def score(
             _forget(out)
         out.mkdir(parents=True, exist_ok=True)
         asked = {"benchmark": cfg.benchmark if nodes is None else nodes, "eval": settings}
-        asked |= {"run": cfg.get("run")}
+        asked |= {"run": cfg.get("run"), "clean": bool(cfg.eval.get("clean", False))}
         OmegaConf.save(OmegaConf.create(asked), out / SETTINGS, resolve=True)
         if not (out / "system.json").exists():  # of a training run it holds more
             (out / "system.json").write_text(json.dumps(system_info(), indent=1, default=str))
     wait()
-    return evaluate(
+    set_decoding(benchmarks, cfg.eval, predictor)
+    if cfg.eval.get("clean", False):
+        benchmarks = watch_all(benchmarks, *_trained(cfg, out))
+    results = evaluate(
         predictor,
         benchmarks,
         out,
@@ -116,6 +121,34 @@ def score(
         before=before,
         **settings,
     )
+    if rank() == 0:
+        after_evaluation(cfg, predictor, out, results["metrics"])
+    return results
+
+
+def set_decoding(benchmarks: dict[str, Any], settings: DictConfig, predictor: Predictor) -> None:
+    """`eval.decoding` in every scorer that generates, before what the benchmark itself asks for."""
+    asked = dict(settings.get("decoding") or {})
+    if asked.get("num_beams", 1) == 1:
+        return
+    if hasattr(predictor, "respond"):
+        raise TriptychError(
+            "eval.decoding.num_beams searches in a model whose weights are here; a remote model "
+            "takes its own fields in model.options."
+        )
+    for benchmark in benchmarks.values():
+        for scorer in benchmark.scorers:
+            if hasattr(scorer, "decoding"):
+                scorer.decoding = {**scorer.decoding, **asked}
+
+
+def _trained(cfg: DictConfig, out: Path) -> tuple[DictConfig | None, Path | None]:
+    """What a model was trained with, and the run that knows; nothing of a preset."""
+    if "run" not in cfg:
+        return cfg, out.parent if out.name == "before" else out
+    if cfg.run is None:
+        return None, None
+    return OmegaConf.load(find_bundle(cfg.run) / "config.yaml"), Path(cfg.run)
 
 
 def rescore_folder(folder: Path) -> tuple[Results, Results]:
@@ -128,6 +161,11 @@ def rescore_folder(folder: Path) -> tuple[Results, Results]:
     asked = OmegaConf.load(path)
     before = read_results(folder)
     benchmarks, left_out = build_benchmarks(asked.benchmark)
+    if asked.get("clean", False):
+        places = (folder, folder.parent, folder.parent.parent)  # a run, its before/, its eval/HASH
+        runs = [p for p in places if (p / "bundle" / "config.yaml").is_file()]
+        trained = OmegaConf.load(runs[0] / "bundle" / "config.yaml") if runs else None
+        benchmarks = watch_all(benchmarks, trained, runs[0] if runs else None)
     after = rescore(benchmarks, folder, left_out=left_out, **asked.eval)
     return before, after
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from triptych.evaluation.benchmark import AnswerBenchmark, Metrics, Record, with_interval
+from triptych.evaluation.matching import MatchRetrieve
 from triptych.evaluation.metrics import topk_hits
 from triptych.evaluation.metrics.retrieval import RETRIEVAL_RULE
 from triptych.evaluation.scorers import Generate, Likelihood, Outcome, Scorer
@@ -20,7 +21,8 @@ class RetrievalBenchmark:
     """R@1, 5 and 10 from image to text (any caption counts) and from text to image.
 
     samples: one an image-caption pair; pairs of one image share its key. Every value has its chance
-    and the ceiling that equal captions of different images leave. Ties count by expectation.
+    and the ceiling that equal captions of different images leave. Ties count by expectation. A
+    model with a match head re-ranks its shortlists; `eval.scorer=all` adds the cosine alone.
     """
 
     prior = None
@@ -28,7 +30,7 @@ class RetrievalBenchmark:
 
     def __init__(self, samples: Sequence[Sample], scorers: Sequence[Scorer] | None = None) -> None:
         self.samples, self.blind_ids = samples, []
-        self.scorers = list(scorers) if scorers else [Retrieve()]
+        self.scorers = list(scorers) if scorers else [MatchRetrieve(), Retrieve()]
 
     def record(self, sample: Sample, outcome: Outcome) -> Record:
         """One row a caption: the image it finds first, and what both directions hit."""

@@ -30,6 +30,7 @@ INFERENCE = ("models", "parts", "data", "types.py", "adapt.py", "objectives/toke
 INFERENCE += tuple(
     f"evaluation/{name}.py"
     for name in ("model_predictor", "planning", "predictor", "scorers", "similarity", "baselines")
+    + ("matching", "card/scorers", "card/scenes")
 )
 SCORING = ("evaluation/metrics", "evaluation/parsers.py", "evaluation/baselines.py")
 NO_RULES = ("samples", "train", "prior", "scorers")  # of a benchmark; they are hashed apart

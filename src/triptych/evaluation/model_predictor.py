@@ -26,6 +26,7 @@ from triptych.types import (
     assistant,
 )
 
+KEPT_BYTES = 4 << 30  # most bytes of image features kept while embeddings and matches are asked
 HEAD_ROWS = 1024  # positions whose logits over the vocabulary exist at a time
 
 
@@ -49,14 +50,21 @@ class ModelPredictor:
         self.device = torch.device(device or next(model.parameters()).device)
         self.vision_calls = 0
         self.generated_tokens = 0
+        self._kept: dict[str, ImageFeatures] | None = None  # inside `keeping` alone
 
     @property
     def capabilities(self) -> frozenset[str]:
         """What the model's own methods make possible."""
         language = getattr(self.model, "language", None)
+        writes = hasattr(self.model, "generate")
+        pairs = hasattr(self.model, "match_logits")  # one text part compares, matches and writes
+        reads = not pairs or hasattr(self.model.connector, "question")
         offers = {
-            "generate": hasattr(self.model, "generate"),
+            "generate": writes and reads,
+            "caption": writes and pairs,
+            "match": pairs,
             "loglikelihood": hasattr(language, "logits"),
+            "sentences": hasattr(language, "logits") and _reads_on(language),
             "embed": hasattr(self.model, "embed_images"),
             "features": hasattr(self.model, "image_vectors"),
         }
@@ -121,7 +129,16 @@ class ModelPredictor:
 
     def embed_images(self, refs: Sequence[ImageRef]) -> Tensor:
         """(N,K,E) unit vectors in float32 on the CPU, K an image."""
-        return self._over_images(self.model.embed_images, refs)
+        if "match" not in self.capabilities:
+            return self._over_images(self.model.embed_images, refs)
+        parts = []
+        with _evaluating(self.model):
+            for start in range(0, len(refs), self.batch_size):
+                some = refs[start : start + self.batch_size]
+                images = self._seen(some)
+                rows = self.model.embed_images(images).float().cpu()  # (U,K,E)
+                parts.append(rows[[images.keys.index(ref.key) for ref in some]])
+        return torch.cat(parts)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """(N,E) unit vectors in float32 on the CPU, whatever the order and the batch size."""
@@ -133,6 +150,57 @@ class ModelPredictor:
                 tokens = self.processor.encode(rows, self.processor.max_length)
                 parts.append(self.model.embed_texts(tokens.to(self.device)).float().cpu())
         return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    def match(self, refs: Sequence[ImageRef], texts: Sequence[str]) -> Tensor:
+        """(N,2) logits of "no" and "yes" for pairs of an image and a text, in float32 on the CPU.
+
+        Pairs run image by image, so that each image is encoded once.
+        """
+        first = {ref.key: i for i, ref in reversed(list(enumerate(refs)))}
+        order = sorted(range(len(refs)), key=lambda i: (first[refs[i].key], i))
+        parts = []
+        with _evaluating(self.model), self.keeping():
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                images = self._seen([refs[i] for i in rows])
+                states, real = self.model.states(images)  # (U,P,D)
+                index = torch.tensor([images.keys.index(refs[i].key) for i in rows])
+                index = index.to(self.device)
+                tokens = self.processor.encode([texts[i] for i in rows], use="match")
+                logits = self.model.match_logits(
+                    states[index], None if real is None else real[index], tokens.to(self.device)
+                )
+                parts.append(logits.float().cpu())
+        return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Within it, images of a model that matches are encoded once for `embed` and `match`."""
+        outer = self._kept
+        self._kept = {} if outer is None else outer
+        try:
+            yield
+        finally:
+            self._kept = outer
+
+    def _seen(self, refs: Sequence[ImageRef]) -> Images:
+        """The distinct images of `refs` with their features, of which the kept ones are reused."""
+        distinct = {ref.key: ref for ref in refs}
+        kept = {} if self._kept is None else self._kept
+        found = {key: kept[key] for key in distinct if key in kept}
+        new = [ref for key, ref in distinct.items() if key not in found]
+        if new:
+            pixels = torch.stack([self.processor.images.transform(ref.open()) for ref in new])
+            encoded = self.model.vision(Images([r.key for r in new], pixels).to(self.device))
+            self.vision_calls += len(new)
+            for ref, features in zip(new, _split(encoded), strict=True):
+                found[ref.key] = ImageFeatures(*(None if v is None else v.cpu() for v in features))
+            kept |= {ref.key: found[ref.key] for ref in new}
+            most = KEPT_BYTES // max(1, found[new[0].key].tokens.nbytes)
+            for key in list(kept)[: max(0, len(kept) - max(most, len(distinct)))]:
+                del kept[key]  # the oldest
+        images = Images(list(distinct), features=_merge([found[key] for key in distinct]))
+        return images.to(self.device)
 
     def features(self, refs: Sequence[ImageRef]) -> Tensor:
         """(N,D) image vectors before any projection, for a linear probe."""
@@ -192,7 +260,7 @@ class ModelPredictor:
         tokens = written(batch)
         hidden = self.model(batch)  # (B,T,D)
         row, column, segment = _last_answers(tokens)  # (N,) each
-        reads_on = self.model.language.attention != "bidirectional"
+        reads_on = _reads_on(self.model.language)
         before = predecessors(tokens)[row, column] if reads_on else column  # masks: their own
         labels = tokens.labels[row, column]
         chances = torch.cat(
@@ -207,6 +275,11 @@ class ModelPredictor:
         sums = torch.zeros(total, dtype=torch.float64, device=chances.device)
         sums.index_add_(0, segment, chances.double())
         return sums.tolist(), torch.bincount(segment, minlength=total).tolist()
+
+
+def _reads_on(language: Any) -> bool:
+    """Whether texts of any length are written token by token, not into a few masks."""
+    return language.attention != "bidirectional"
 
 
 def _answered(sample: Sample, candidates: Sequence[str]) -> list[Sample]:

@@ -21,11 +21,14 @@ class Score(NamedTuple):
 class Predictor(Protocol):
     """A model with the methods that `capabilities` names; the others need not exist.
 
+    "caption" is `generate` without a prompt; "sentences" is `loglikelihood` of candidates of any
+    length, with a picture or without.
+
     `batch_size` rows run together; no answer depends on it. `vision_calls` (images the encoder
     really encoded) and `generated_tokens` only ever grow: the evaluator takes differences.
     """
 
-    capabilities: frozenset[str]  # of generate, loglikelihood, embed, features
+    capabilities: frozenset[str]  # the methods' names, embed, caption, sentences
     batch_size: int
     vision_calls: int
     generated_tokens: int
@@ -46,6 +49,10 @@ class Predictor(Protocol):
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """(N,E) unit vectors in float32 on the CPU."""
+        ...
+
+    def match(self, refs: Sequence[ImageRef], texts: Sequence[str]) -> Tensor:
+        """(N,2) logits of "no" and "yes" for N pairs of an image and a text, on the CPU."""
         ...
 
     def features(self, refs: Sequence[ImageRef]) -> Tensor:

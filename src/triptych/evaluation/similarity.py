@@ -31,7 +31,8 @@ KS = (1, 5, 10)
 class Similarity:
     """The candidate whose caption is nearest to the image (TAP-C's reading, arXiv 2203.07190).
 
-    template: how question and answer become one caption. Ties go to no candidate.
+    template: how question and answer become one caption, unless the sample brings a caption for
+    each candidate in `meta["captions"]`. Ties go to no candidate.
     """
 
     template: str = "{question} {answer}"
@@ -42,17 +43,25 @@ class Similarity:
     def ask(self, predictor: Predictor, samples: Sequence[Sample]) -> list[Outcome]:
         """The best candidate of each sample, with all cosines in the candidates' order."""
         images, row = embed_images(predictor, [_only_image(s, self.name) for s in samples])
-        captions = [[self._caption(s, c) for c in _candidates(s, self.name)] for s in samples]
+        captions = [self.captions(sample) for sample in samples]
         texts, column = _embed_texts(predictor, [c for row in captions for c in row])
         outcomes = []
         for i, (sample, own) in enumerate(zip(samples, captions, strict=True)):
             vectors = texts[[column[caption] for caption in own]]  # (C,E)
-            outcomes.append(_best(sample.candidates, cosines(images[row[i]][None], vectors)[0]))
+            outcomes.append(best(sample.candidates, cosines(images[row[i]][None], vectors)[0]))
         return outcomes
 
-    def _caption(self, sample: Sample, answer: str) -> str:
-        question = question_of(sample)
-        return self.template.format(question=question, answer=answer).strip()
+    def captions(self, sample: Sample) -> list[str]:
+        """One caption a candidate: the sample's own, or made of its question by the template."""
+        candidates, question = _candidates(sample, self.name), question_of(sample)
+        own = sample.meta.get("captions")
+        if own is not None and len(own) != len(candidates):
+            raise TriptychError(
+                f"sample '{sample.id}' has {len(own)} captions for {len(candidates)} candidates; "
+                "give one a candidate."
+            )
+        words = [self.template.format(question=question, answer=c).strip() for c in candidates]
+        return list(own or words)
 
 
 @dataclass
@@ -77,7 +86,7 @@ class ClassSimilarity:
                 weights[classes] = ensemble_prompts(
                     vectors.view(len(classes), len(self.templates), -1)
                 )
-            outcomes.append(_best(classes, cosines(images[row[i]][None], weights[classes])[0]))
+            outcomes.append(best(classes, cosines(images[row[i]][None], weights[classes])[0]))
         return outcomes
 
 
@@ -94,29 +103,36 @@ class Retrieve:
 
         The ceiling is what a perfect model reaches although captions of different images are equal.
         """
-        images, owner = embed_images(predictor, [_only_image(s, self.name) for s in samples])
-        captions = [sample.text for sample in samples]
-        texts, column = _embed_texts(predictor, captions)
-        scores = cosines(images, texts)[:, [column[c] for c in captions]]  # (U,T)
-        distinct = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-        says = np.zeros((len(images), len(distinct)), bool)
-        says[owner, [distinct[c] for c in captions]] = True
-        perfect = says[:, [distinct[c] for c in captions]].astype(np.float32)
-        own = [np.flatnonzero(np.equal(owner, u)) for u in range(len(images))]
+        refs = {s.images[0].key: s.images[0] for s in samples if _only_image(s, self.name)}
+        row = {key: i for i, key in enumerate(refs)}
+        owner = [row[s.images[0].key] for s in samples]
+        captions = list(dict.fromkeys(sample.text for sample in samples))
+        place = {caption: i for i, caption in enumerate(captions)}
+        column = [place[sample.text] for sample in samples]
+        says = np.zeros((len(refs), len(captions)), np.float32)
+        says[owner, column] = 1
+        to_texts, to_images = self.scores(predictor, list(refs.values()), captions)  # (U,C), (C,U)
+        own = [np.flatnonzero(np.equal(owner, u)) for u in range(len(refs))]
         sides = {
-            "i2t": _side(scores, own, perfect),
-            "t2i": _side(scores.T, owner, perfect.T),
+            "i2t": _side(to_texts[:, column], own, says[:, column]),
+            "t2i": _side(to_images[column], owner, says.T[column]),
         }
-        top = scores.argmax(0)
-        refs = {owner[j]: sample.images[0].name for j, sample in enumerate(samples)}
+        names = [ref.name for ref in refs.values()]
         outcomes = []
-        for j in range(len(samples)):
+        for j, found in enumerate(to_images[column].argmax(1)):
             facts = {f"t2i_{key}": value[j] for key, value in sides["t2i"].items()}
             first = own[owner[j]][0] == j
             for key, value in sides["i2t"].items():
                 facts[f"i2t_{key}"] = value[owner[j]] if first else None
-            outcomes.append(Outcome(refs[int(top[j])], extra=facts))
+            outcomes.append(Outcome(names[int(found)], extra=facts))
         return outcomes
+
+    def scores(
+        self, predictor: Predictor, refs: Sequence[ImageRef], captions: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How well each image fits each caption, (U,C), and each caption each image, (C,U)."""
+        cosine = cosines(predictor.embed_images(refs), predictor.embed_texts(captions))
+        return cosine, cosine.T
 
 
 @dataclass
@@ -159,14 +175,16 @@ def _embed_texts(predictor: Predictor, texts: Sequence[str]) -> tuple[Tensor, di
     return predictor.embed_texts(distinct), {text: i for i, text in enumerate(distinct)}
 
 
-def _best(candidates: Sequence[str], scores: np.ndarray) -> Outcome:
-    best = np.flatnonzero(scores == scores.max())
-    choice = candidates[best[0]] if len(best) == 1 else ""
+def best(candidates: Sequence[str], scores: np.ndarray) -> Outcome:
+    """The candidate of the highest score; a tie at the top chooses none."""
+    top = np.flatnonzero(scores == scores.max())
+    choice = candidates[top[0]] if len(top) == 1 else ""
     return Outcome(choice, choice or None, scores.tolist())
 
 
 def _side(scores: np.ndarray, right: Sequence, perfect: np.ndarray) -> dict[str, list[float]]:
-    """What each query of one direction finds, by chance and at best."""
+    """What each query of one direction finds, by chance and at best; -inf is never returned."""
+    perfect = np.where(np.isneginf(scores), -np.inf, perfect)
     hits, best = retrieval_hits(scores, right, KS), retrieval_hits(perfect, right, KS)
     size = scores.shape[1]
     found: dict[str, list[float]] = {"rank": retrieval_ranks(scores, right).tolist()}

@@ -1,0 +1,1 @@
+"""The capability card: what a model can do, measured on scenes of graded difficulty."""
