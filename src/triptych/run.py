@@ -144,7 +144,13 @@ def evaluate_only(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) 
 
 def build_benchmarks(nodes: DictConfig | None) -> dict[str, Any]:
     """The benchmarks a configuration chose, by name."""
-    return {str(name): build(node) for name, node in (nodes or {}).items()}
+    built = {}
+    for name, node in (nodes or {}).items():
+        try:
+            built[str(name)] = build(node)
+        except TriptychError as error:
+            raise type(error)(f"benchmark.{name}: {error}") from error
+    return built
 
 
 def score(

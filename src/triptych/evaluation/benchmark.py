@@ -79,7 +79,7 @@ class AnswerBenchmark:
     @cached_property
     def prior(self) -> Prior | None:
         """Counted once from the training split, when it is first asked for."""
-        return None if self.train is None else Prior(self.train)
+        return Prior(self.train) if self.train is not None and len(self.train) else None
 
     def record(self, sample: Sample, outcome: Outcome) -> Record:
         """One row: the answer as read by the parser, and whether it is the gold one."""
