@@ -1,0 +1,120 @@
+"""What holds for every benchmark there is: a constant model scores what a constant can."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from fixture_benchmarks import FILES, SMALL, build
+
+from triptych.cli import conf_dir
+from triptych.evaluation import captioning
+from triptych.evaluation.asking import letters_of
+from triptych.evaluation.choice import ChoiceBenchmark
+from triptych.evaluation.predictor import Score
+from triptych.evaluation.runner import evaluate
+from triptych.evaluation.scorers import Outcome
+from triptych.types import Sample, TriptychError
+
+NOT_ALONE = {"none", "retrieval_captions"}  # no benchmark, and coco_retrieval without its files
+NAMES = sorted({path.stem for path in (conf_dir() / "benchmark").glob("*.yaml")} - NOT_ALONE)
+WAYS = ("generate", "loglikelihood", "embed", "features")
+
+
+class Constant:
+    """Says one word, finds all answers equally likely, and embeds everything as one point."""
+
+    def __init__(self, word: str, *ways: str) -> None:
+        self.word, self.capabilities = word, frozenset(ways)
+        self.batch_size, self.vision_calls, self.generated_tokens = 64, 0, 0
+
+    def generate(self, samples: Sequence[Sample], **decoding: object) -> list[str]:
+        return [self.word] * len(samples)
+
+    def loglikelihood(
+        self, samples: Sequence[Sample], candidates: Sequence[Sequence[str]]
+    ) -> list[list[Score]]:
+        return [[Score(-1.0, 1, 1) for _ in names] for names in candidates]
+
+    def embed_images(self, refs: Sequence[Any]) -> torch.Tensor:
+        return torch.ones(len(refs), 1, 4) / 2
+
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return torch.ones(len(texts), 4) / 2
+
+    def features(self, refs: Sequence[Any]) -> torch.Tensor:
+        return torch.ones(len(refs), 4)
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captioning, "meteor_available", lambda: False)
+
+
+def made(name: str) -> Any:
+    return build(name, **({"tokenizer": "nltk"} if name.endswith("captions") else {}))
+
+
+def score(benchmark: Any, word: str, *ways: str) -> dict[str, dict]:
+    entries = evaluate(Constant(word, *ways), {"b": benchmark}, None, progress=False)["metrics"]
+    return {key.removeprefix("b/"): entry for key, entry in entries.items()}
+
+
+def test_every_benchmark_has_a_fixture_here() -> None:
+    assert set(NAMES) == set(FILES) | set(SMALL)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_constant_model_scores_what_a_constant_can(name: str) -> None:
+    benchmark = made(name)
+    samples = [benchmark.samples[i] for i in range(len(benchmark.samples))]
+    golds = Counter(_answer(benchmark, sample) for sample in samples)
+    usual, count = golds.most_common(1)[0]
+    tried = 0
+    for way in WAYS:
+        if not any(scorer.needs == way for scorer in benchmark.scorers):
+            continue
+        try:
+            entries = score(benchmark, usual, way)
+        except TriptychError as error:  # open answers cannot be ranked
+            assert "no closed list" in str(error) and way != "generate"
+            continue
+        tried += 1
+        for key, entry in entries.items():
+            assert entry["uses_images"] is not True, (way, key)
+            if entry["blind"] is not None:
+                assert entry["blind"] == pytest.approx(entry["value"], abs=1e-6), (way, key)
+            most = [entry.get(k) for k in ("chance", "majority", "always_yes")]
+            most += [count / len(samples)] if key == "accuracy" else []
+            known = [value for value in most if value is not None]
+            if known and key not in ("yes_ratio", "recall"):
+                assert entry["value"] <= max(known) + 1e-6, (way, key)
+        if way != "generate":
+            assert all(e["value"] <= (e.get("chance") or 1) + 1e-6 for e in entries.values())
+    assert tried, "some way of asking must work"
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("linear_probe",)])
+def test_what_cannot_be_read_is_counted_and_never_guessed(name: str) -> None:
+    benchmark = made(name)
+    if not any(scorer.needs == "generate" for scorer in benchmark.scorers):
+        pytest.skip("nothing is written here")
+    sample = benchmark.samples[0]
+    record = benchmark.record(sample, Outcome("  \n"))
+    assert record["parsed"] is None and record["correct"] == 0.0
+    entries = score(benchmark, "", "generate")
+    first = next(iter(entries.values()))
+    assert first["unparsed"] == 1.0
+    if sample.candidates:  # a closed list: words outside it are no answer
+        lost = benchmark.record(sample, Outcome("Purple elephants, perhaps?"))
+        assert lost["parsed"] is None and lost["correct"] == 0.0
+
+
+def _answer(benchmark: Any, sample: Sample) -> str:
+    """What a model would write to be right."""
+    if isinstance(benchmark, ChoiceBenchmark):
+        return next(k for k, text in letters_of(sample).items() if text == sample.target)
+    return sample.text if sample.target is None else str(sample.target)
