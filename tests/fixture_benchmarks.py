@@ -57,6 +57,11 @@ FILES: dict[str, dict[str, str]] = {
         "samples.path": "flickr30k/dataset_flickr30k.json",
         "samples.images": "flickr30k/flickr30k-images",
     },
+    "retrieval_captions": {
+        "samples.path": "flickr30k/dataset_flickr30k.json",
+        "samples.images": "flickr30k/flickr30k-images",
+        "samples.split": "test",
+    },
     "winoground": {
         "samples.path": "winoground/examples.jsonl",
         "samples.images": "winoground/images",
@@ -84,7 +89,10 @@ SMALL: dict[str, dict[str, Any]] = {  # what is made here needs no file, only fe
 
 def options(name: str) -> dict[str, Any]:
     """What has to be set below `benchmark.NAME`."""
-    files = {key: str(FIXTURES / file) for key, file in FILES.get(name, {}).items()}
+    files = {
+        key: file if key.endswith("split") else str(FIXTURES / file)
+        for key, file in FILES.get(name, {}).items()
+    }
     return files | SMALL.get(name, {})
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from fixture_benchmarks import FILES, SMALL, build
@@ -19,8 +22,7 @@ from triptych.evaluation.runner import evaluate
 from triptych.evaluation.scorers import Outcome
 from triptych.types import Sample, TriptychError
 
-NOT_ALONE = {"none", "retrieval_captions"}  # no benchmark, and coco_retrieval without its files
-NAMES = sorted({path.stem for path in (conf_dir() / "benchmark").glob("*.yaml")} - NOT_ALONE)
+NAMES = sorted({path.stem for path in (conf_dir() / "benchmark").glob("*.yaml")} - {"none"})
 WAYS = ("generate", "loglikelihood", "embed", "features")
 
 
@@ -118,3 +120,18 @@ def _answer(benchmark: Any, sample: Sample) -> str:
     if isinstance(benchmark, ChoiceBenchmark):
         return next(k for k, text in letters_of(sample).items() if text == sample.target)
     return sample.text if sample.target is None else str(sample.target)
+
+
+def test_several_benchmarks_share_one_table(tmp_path: Path) -> None:
+    names = ["vqav2", "scienceqa", "mmbench", "pope", "coco_captions", "winoground", "ocr_folder"]
+    built = {name: made(name) for name in names}
+    model = Constant("yes", "generate")
+    evaluate(model, built, tmp_path, progress=False)
+    rows = pq.read_table(tmp_path / "samples.parquet").to_pylist()
+    counts = Counter(row["benchmark"] for row in rows)
+    assert counts == {name: len(benchmark.samples) for name, benchmark in built.items()}
+    assert all(row["gold"] and row["raw_output"] == "yes" for row in rows)
+    keys = list(json.loads((tmp_path / "results.json").read_text())["metrics"])
+    heads = ("vqav2/vqa_accuracy", "scienceqa/accuracy", "mmbench/circular_accuracy", "pope/f1")
+    more = ("coco_captions/cider_d", "winoground/text", "ocr_folder/cer")
+    assert {*heads, *more} <= set(keys)

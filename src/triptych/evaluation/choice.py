@@ -46,9 +46,7 @@ class ChoiceBenchmark(AnswerBenchmark):
             raise TriptychError(f"sample '{sample.id}' has a target that is none of its options.")
         if outcome.parsed is not None:
             parsed = _letter(options, outcome.parsed)
-        elif outcome.scores:  # equal scores choose nothing
-            parsed = None
-        else:
+        else:  # a tie of scores comes as an empty text, which names nothing
             parsed = parse_choice(outcome.raw, options, self.rule)
         right = parsed is not None and options[parsed] == options[gold]
         return {

@@ -46,8 +46,8 @@ class PopeBenchmark(AnswerBenchmark):
 
     def record(self, sample: Sample, outcome: Outcome) -> Record:
         """One row: `parsed` by the strict parser, `official` by the official one."""
-        tied = outcome.parsed is None and outcome.scores
         said = outcome.raw if outcome.parsed is None else outcome.parsed
+        tied = bool(outcome.scores) and not said  # equal likelihoods say neither
         strict = None if tied else parse_pope(said, "strict")
         row = super().record(sample, Outcome(outcome.raw, strict, outcome.scores))
         official = None if tied else parse_pope(said)
