@@ -78,7 +78,7 @@ FILES: dict[str, dict[str, str]] = {
 SMALL: dict[str, dict[str, Any]] = {  # what is made here needs no file, only fewer samples
     "ocr": {"samples.size": 8},
     "easy_vqa": {"samples.limit": 60, "train.limit": 400, "blind_subset": None},
-    "few_shot": {"samples.samples.limit": 8, "samples.support.limit": 40, "train.limit": 40},
+    "few_shot": {"samples.samples.limit": 8, "samples.support.limit": 200, "train.limit": 40},
     "shapes": {"samples.size": 8, "train.size": 20},
     "retrieval": {"samples.size": 8},
     "relations": {"samples.size": 12},
