@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from triptych.data.pairs import read_pairs
-from triptych.evaluation.sets.files import Rows, Table
+from triptych.evaluation.sets.files import Rows
+from triptych.evaluation.sets.tables import Table
 from triptych.types import DataError, Sample, assistant, user
 
 PROMPT = "Provide a one-sentence caption of the image."

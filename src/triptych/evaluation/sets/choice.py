@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from triptych.evaluation.metrics.choice import CIRCULAR_STRIDE
-from triptych.evaluation.sets.files import ID, LEAST_BASE64, Row, Rows, Table, field, read_table
+from triptych.evaluation.sets.files import LEAST_BASE64, Rows
+from triptych.evaluation.sets.tables import ID, Row, Table, field, read_table
 from triptych.types import DataError, Sample, assistant, user
 
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from triptych.evaluation.sets.files import ID, Rows, field, read_table
+from triptych.evaluation.sets.files import Rows
+from triptych.evaluation.sets.tables import ID, field, read_table
 from triptych.types import Sample, assistant, user
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from triptych.data.pairs import SUFFIXES
-from triptych.evaluation.sets.files import Rows, Table, field, read_table
+from triptych.evaluation.sets.files import Rows
+from triptych.evaluation.sets.tables import Table, field, read_table
 from triptych.types import DataError, ImageRef, Sample, assistant, user
 
 PROMPT = "What is written in the image?"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from triptych.evaluation.sets.files import Rows, Table, field, read_table
+from triptych.evaluation.sets.files import Rows
+from triptych.evaluation.sets.tables import Table, field, read_table
 from triptych.types import DataError, Sample, assistant, user
 
 SPLITS = ("random", "popular", "adversarial")

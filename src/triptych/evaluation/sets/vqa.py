@@ -6,7 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from triptych.evaluation.sets.files import Row, Rows, field, read_table
+from triptych.evaluation.sets.files import Rows
+from triptych.evaluation.sets.tables import Row, field, read_table
 from triptych.types import DataError, Sample, assistant, user
 
 
