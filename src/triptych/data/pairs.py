@@ -40,12 +40,15 @@ class Captions(Sequence[Sample]):
         self.path = Path(path)
         if not self.path.is_file():
             raise DataError(
-                f"file '{path}' does not exist; set data.path to a .jsonl, .json, .csv, .tsv, "
-                ".parquet, COCO or Flickr30k caption file."
+                f"file '{path}' does not exist; set data.path (of a benchmark: samples.path) to a "
+                ".jsonl, .json, .csv, .tsv, .parquet, COCO or Flickr30k caption file."
             )
         self.root = Path(images) if images is not None else self.path.parent
         if not self.root.is_dir():
-            raise DataError(f"image folder '{self.root}' does not exist; correct data.images.")
+            raise DataError(
+                f"image folder '{self.root}' does not exist; correct data.images (of a benchmark: "
+                "samples.images)."
+            )
         self.pairs = list(read_pairs(self.path, image, caption, split))[:limit]
         if not self.pairs:
             raise DataError(f"file '{path}' holds no pair; give at least one image and caption.")
@@ -87,17 +90,25 @@ class ImageFolder(Sequence[Sample]):
     """Folders of images, one a class: DIR/golden_retriever/1.jpg is a "golden retriever".
 
     `target` is the class and `candidates` are all classes, for zero-shot and the linear probe; as
-    training data each image has the caption of `template`.
+    training data each image has the caption of `template`. names: a file that says what folders
+    such as n01440764 mean, in a line each (LOC_synset_mapping.txt) or as JSON {folder: name}.
     """
 
     def __init__(
-        self, path: str | Path, template: str = "a photo of a {}.", limit: int | None = None
+        self,
+        path: str | Path,
+        template: str = "a photo of a {}.",
+        limit: int | None = None,
+        names: str | Path | None = None,
     ) -> None:
         self.root = Path(path)
         if not self.root.is_dir():
-            raise DataError(f"'{path}' is no folder; set data.path to one with a folder a class.")
+            raise DataError(
+                f"'{path}' is no folder; set data.path (of a benchmark: samples.path) to one with "
+                "a folder a class."
+            )
         folders = sorted(f for f in self.root.iterdir() if f.is_dir() and f.name[0] != ".")
-        self.classes = [folder.name.replace("_", " ") for folder in folders]
+        self.classes = _class_names([folder.name for folder in folders], names)
         self.files = [
             (file, label)
             for label, folder in enumerate(folders)
@@ -123,6 +134,31 @@ class ImageFolder(Sequence[Sample]):
         sample = _pair(ref, self.template.format(self.classes[label]), name, name, self.root.name)
         sample.target, sample.candidates = self.classes[label], self.classes
         return sample
+
+
+def _class_names(folders: Sequence[str], path: str | Path | None) -> list[str]:
+    """What the folders are called: the first of a class's synonyms, all where two share it."""
+    if path is None:
+        return [folder.replace("_", " ") for folder in folders]
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        given = json.loads(text) if Path(path).suffix == ".json" else None
+    except (OSError, ValueError) as error:
+        raise DataError(f"option names: '{path}' cannot be read ({error}).") from None
+    if given is None:
+        given = dict(line.split(maxsplit=1) for line in text.splitlines() if " " in line.strip())
+    elif all(isinstance(pair, list) and len(pair) == 2 for pair in given.values()):
+        given = dict(given.values())  # {"0": ["n01440764", "tench"]}
+    missing = [folder for folder in folders if folder not in given]
+    if missing:
+        raise DataError(f"option names: '{path}' says nothing of the folder '{missing[0]}'.")
+    whole = [str(given[folder]).replace("_", " ").strip() for folder in folders]
+    first = [name.partition(",")[0] for name in whole]
+    chosen = [a if first.count(a) == 1 else b for a, b in zip(first, whole, strict=True)]
+    twice = [name for name in chosen if chosen.count(name) > 1]
+    if twice:
+        raise DataError(f"option names: '{path}' calls two folders '{twice[0]}'; tell them apart.")
+    return chosen
 
 
 def read_pairs(path: Path, image: str, caption: str, split: str | None) -> Iterator[Pair]:
@@ -186,7 +222,7 @@ def _from_json(path: Path, image: str, caption: str, split: str | None) -> Itera
             rows = [
                 (str(Path(p.get("filepath", "")) / p["filename"]), s["raw"])
                 for p in pictures
-                if split is None or split in str(p.get("split", "")).split("+")
+                if split is None or str(p.get("split", "")) in split.split("+")
                 for s in p["sentences"]
             ]
     except (KeyError, TypeError) as error:

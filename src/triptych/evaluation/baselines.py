@@ -32,7 +32,9 @@ class Prior:
     def __init__(self, train: Sequence[Sample]) -> None:
         answers: dict[str, Counter[str]] = {}
         every: Counter[str] = Counter()
-        for sample in train:
+        # a reader of files need not open pictures to be counted
+        samples = train.without_images() if hasattr(train, "without_images") else train
+        for sample in samples:
             answers.setdefault(question_of(sample), Counter())[str(sample.target)] += 1
             every[str(sample.target)] += 1
         self._guess = {question: _most_frequent(count) for question, count in answers.items()}

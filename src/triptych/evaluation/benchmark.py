@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -80,7 +81,7 @@ class AnswerBenchmark:
     @cached_property
     def prior(self) -> Prior | None:
         """Counted once from the training split, when it is first asked for."""
-        return None if self.train is None else Prior(self.train)
+        return Prior(self.train) if self.train is not None and len(self.train) else None
 
     def record(self, sample: Sample, outcome: Outcome) -> Record:
         """One row: the answer as read by the parser, and whether it is the gold one."""
@@ -123,9 +124,11 @@ def with_interval(values: Sequence[float], records: Sequence[Record]) -> dict[st
 def _accuracy(records: list[Record]) -> dict[str, Any]:
     closed = all(record["candidates"] for record in records)
     chance = sum(1 / record["candidates"] for record in records) / len(records) if closed else None
+    golds = Counter(normalize_answer(record["gold"]) for record in records)
     return with_interval([record["correct"] for record in records], records) | {
         "unparsed": sum(record["parsed"] is None for record in records) / len(records),
         "chance": chance,
+        "majority": max(golds.values()) / len(records),  # of one answer to every question
         "parser": records[0]["parser"],
     }
 

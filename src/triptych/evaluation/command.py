@@ -71,10 +71,11 @@ def build_benchmarks(nodes: DictConfig | None) -> tuple[dict[str, Any], dict[str
     for name, node in (nodes or {}).items():
         try:
             made[str(name)] = build(node)
-        except DataError as error:
-            if len(nodes) == 1:
-                raise
-            left_out[str(name)] = str(error)
+        except TriptychError as error:
+            said = f"benchmark.{name}: {error}"
+            if len(nodes) == 1 or not isinstance(error, DataError):
+                raise type(error)(said) from error
+            left_out[str(name)] = said
             print(f"{name}: left out, {error}", flush=True)
     if left_out and not made:
         raise DataError("; ".join(left_out.values()))

@@ -89,8 +89,16 @@ def _join(metrics: Metrics, **baselines: Metrics) -> Metrics:
             other = others.get(key, {})
             entry[name] = other.get("value")
             entry |= {f"{name}_{part}": other.get(part) for part in ("low", "high", "n")}
-        tops = [entry.get(f"{name}_high") for name in baselines]
-        known = entry.get("low") is not None and None not in tops
-        entry["uses_images"] = entry["low"] > max(tops) if known else None
+        entry["uses_images"] = _beats(entry, list(baselines))
         joined[key] = {k: round(v, 6) if isinstance(v, float) else v for k, v in entry.items()}
     return joined
+
+
+def _beats(entry: dict[str, Any], baselines: list[str]) -> bool | None:
+    """Whether the value is beyond both baselines, intervals included; None if one is not known."""
+    lower = entry.get("better") == "lower"  # an error rate
+    own = entry.get("high" if lower else "low")
+    others = [entry.get(f"{name}_{'low' if lower else 'high'}") for name in baselines]
+    if own is None or None in others:
+        return None
+    return own < min(others) if lower else own > max(others)

@@ -121,6 +121,8 @@ def _asked(
     """Ask the model, then ask it again with permuted images, and judge both."""
     name = task.name
     say(f"{name}: {len(task.samples):,} questions, scorer {scorer.name}")
+    for note in getattr(task.benchmark, "notes", ()):
+        say(f"{name}: {note}")
     header = {
         "benchmark": name,
         "suffix": suffix,
