@@ -1,4 +1,4 @@
-"""Official folders of CLIP, SigLIP, ALIGN, BLIP, BLIP-2 and InstructBLIP: in, used, and out again."""
+"""Official folders of the dual encoders, BLIP, BLIP-2 and InstructBLIP: in, used, out again."""
 
 from __future__ import annotations
 
