@@ -92,7 +92,8 @@ def test_blip_captions_and_answers(tokenizer, tmp_path):
             mask = torch.ones(seen.shape[:2], dtype=torch.long)
             if asked:
                 mask = READ.mask.long()
-                seen = theirs.text_encoder(READ.ids, mask, seen).last_hidden_state
+                read = theirs.text_encoder(READ.ids, mask, encoder_hidden_states=seen)
+                seen = read.last_hidden_state
             expected = theirs.text_decoder(
                 decoder.ids,
                 attention_mask=decoder.mask.long(),
