@@ -71,7 +71,7 @@ def test_an_eleventh_family_is_one_yaml_and_one_file(eleventh, tiny, dialogue):
     batch = processor.rows([samples])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
-    for _ in range(12):
+    for _ in range(40):
         loss = objective(model, batch)["next_token"].sum
         optimizer.zero_grad()
         loss.backward()
