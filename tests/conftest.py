@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
+import tiny_llama
 import torch
 
 TEMPLATE = (
@@ -69,17 +70,7 @@ def tiny(tmp_path_factory, tokenizer) -> Path:
         patch_size=8,
     )
     CLIPVisionModel(vision).save_pretrained(folder / "vision")
-    language = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
+    language = LlamaConfig(**tiny_llama.fields(tokenizer, intermediate_size=128))
     model = LlamaForCausalLM(language)
     with torch.no_grad():  # large enough that answers differ between prompts
         for parameter in model.parameters():

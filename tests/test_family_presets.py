@@ -25,7 +25,7 @@ SMALL = (
 )
 FROZEN = {  # what of each family trains (families.md); the rest is frozen
     "blip": {"vision", "connector", "heads"},
-    "oscar": {"connector", "language", "heads"},
+    "oscar": {"connector", "language"},
     "blip2": {"connector"},
     "blip2_stage1": {"connector", "heads"},
     "flamingo": {"connector", "fusion"},
@@ -38,12 +38,15 @@ LOOK = {"role": "user", "content": [{"type": "image"}]}
 
 def tiny_parts(cfg, tiny: Path) -> None:
     """Point a small preset's parts at the random ones of the tests."""
-    cfg.model.vision.weights = str(tiny / "vision")
+    vision = cfg.model.vision.get("tower") or cfg.model.vision
+    vision.weights = str(tiny / "vision")
     language = cfg.model.get("language")
     if language is not None:
         own = "weights" if "weights" in language else "tokenizer"
         language[own] = str(tiny / "language")
     connector = cfg.model.connector
+    if "weights" in connector:
+        connector.weights = None  # made for the shipped tower
     for node in (connector, connector.get("reader") or {}):
         if "tokenizer" in node:
             node["tokenizer"] = str(tiny / "language")
@@ -117,7 +120,9 @@ STAGES = {
     "blip2/stage1_paper": {"connector", "heads"},
     "blip2/stage2_paper": {"connector"},
     "blip/pretrain": {"vision", "connector", "heads"},
+    "blip/vqa": {"connector"},
     "oscar/pretrain": {"connector", "language", "heads"},
+    "oscar/tags": {"connector", "language", "heads"},
     "flamingo/pretrain": {"connector", "fusion"},
     "minigpt4/stage1": {"connector.proj"},
     "minigpt4/stage2": {"connector.proj"},

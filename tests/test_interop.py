@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny_llama
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -33,17 +34,7 @@ def llava(tmp_path_factory, tokenizer):
     )
 
     torch.manual_seed(0)
-    text = LlamaConfig(
-        vocab_size=len(tokenizer) + 1,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
+    text = LlamaConfig(**tiny_llama.fields(tokenizer, vocab_size=len(tokenizer) + 1))
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**VISION),
         text_config=text,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tiny_llama
 import torch
 
 CORPUS = [
@@ -31,13 +32,6 @@ QWEN += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 SMOL = ["<pad>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>"]
 SMOL += ["<global-img>", "<video>", *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2))]
 GEMMA = ["<pad>", "<eos>", "<bos>", "<image>"]
-DECODER = {
-    "hidden_size": 64,  # 4-bit layers are read in blocks of 64
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 def tokenizer(special: list[str], **named: str):
@@ -72,12 +66,8 @@ def qwen(folder: Path) -> None:
     ids = words.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config={
-            **DECODER,
-            "vocab_size": len(words),
+            **tiny_llama.fields(words, bos_token_id=None),
             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-            "eos_token_id": words.eos_token_id,
-            "pad_token_id": words.pad_token_id,
-            "bos_token_id": None,
         },
         vision_config={
             "depth": 2,
@@ -119,11 +109,7 @@ def smolvlm(folder: Path) -> None:
     config = SmolVLMConfig(
         text_config={
             "model_type": "llama",
-            **DECODER,
-            "vocab_size": len(words),
-            "eos_token_id": words.eos_token_id,
-            "pad_token_id": words.pad_token_id,
-            "bos_token_id": words.bos_token_id,
+            **tiny_llama.fields(words),
         },
         vision_config={
             "hidden_size": 32,
@@ -164,12 +150,7 @@ def paligemma(folder: Path) -> None:
     config = PaliGemmaConfig(
         text_config={
             "model_type": "gemma",
-            **DECODER,
-            "head_dim": 16,
-            "vocab_size": len(words),
-            "eos_token_id": words.eos_token_id,
-            "pad_token_id": words.pad_token_id,
-            "bos_token_id": words.bos_token_id,
+            **tiny_llama.fields(words, head_dim=16),
         },
         vision_config={
             "model_type": "siglip_vision_model",

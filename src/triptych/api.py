@@ -15,7 +15,7 @@ from triptych.build import build_model
 from triptych.bundle import compose_preset, find_bundle, load_bundle
 from triptych.errors import ConfigError
 from triptych.models.base import Model
-from triptych.types import ImageRef, Sample, TriptychError, user
+from triptych.types import ImageRef, Sample, TriptychError, assistant, user
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,6 +68,47 @@ class Loaded:
             )
         predictor = ModelPredictor(self.model, self.processor, batch_size, self._device)
         return predictor.generate(samples, **decoding)
+
+    def caption(self, image: Pictures, batch_size: int = 8, **decoding: Any) -> str | list[str]:
+        """A description of each image; greedy by default."""
+        return self.answer(image, "", batch_size, **decoding)
+
+    def choose(self, image: Pictures, prompt: str, candidates: Sequence[str]) -> str | list[str]:
+        """The likeliest of some answers to a prompt about each image."""
+        from triptych.evaluation.model_predictor import ModelPredictor
+
+        if getattr(self.model, "language", None) is None:
+            raise TriptychError(
+                f"model={self.cfg.model.name} has no language model to rank answers by; use .match "
+                "or .embed, or another model."
+            )
+        samples = [_question(i, prompt, n) for n, i in enumerate(_listed(image))]
+        predictor = ModelPredictor(self.model, self.processor, device=self._device)
+        ranked = predictor.loglikelihood(samples, [list(candidates)] * len(samples))
+        best = [max(range(len(candidates)), key=[s.sum for s in row].__getitem__) for row in ranked]
+        chosen = [candidates[i] for i in best]
+        return chosen if _several(image) else chosen[0]
+
+    @torch.inference_mode()
+    def match(self, images: Pictures, texts: str | Sequence[str]) -> Tensor:
+        """(N,) probability that each text is true of its image; one of either serves for all."""
+        if not hasattr(self.model, "match"):
+            raise TriptychError(
+                f"model={self.cfg.model.name} has no match head; compare .embed of both, or use "
+                "blip or blip2_stage1."
+            )
+        pictures, words = _listed(images), _listed(texts)
+        count = max(len(pictures), len(words))
+        if len(pictures) not in (1, count) or len(words) not in (1, count):
+            raise TriptychError(f"{len(pictures)} images and {len(words)} texts do not pair.")
+        pairs = zip(pictures * (count // len(pictures)), words * (count // len(words)), strict=True)
+        samples = [
+            Sample([user("", images=1), assistant(w)], [_reference(p)], id=f"pair {n}")
+            for n, (p, w) in enumerate(pairs)
+        ]
+        self.model.eval()
+        batch = self.processor.collate(samples).to(self._device)
+        return self.model.match(batch).float().softmax(-1)[:, 1].cpu()
 
     @torch.inference_mode()
     def embed(

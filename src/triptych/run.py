@@ -207,7 +207,8 @@ def use_cache(cfg: DictConfig, adapted: Adapted, data: DataModule) -> None:
     """Compute the features of a frozen vision encoder once, before training reads them."""
     vision = getattr(adapted.model, "vision", None)
     trained = vision is None or any(p.requires_grad for p in vision.parameters())
-    loads = hasattr(data.processor, "images")  # a library's own processor brings no features
+    # a library's own processor brings no features, and region parts read in their own way
+    loads = hasattr(data.processor, "images") and not hasattr(vision, "loader")
     if trained or not loads or not cfg.cache.features:
         return
     cache = FeatureCache(cache_dir() / "features", vision, adapted.bases["vision"])

@@ -36,12 +36,14 @@ class ImageRef:
     """One image, opened only when its pixels are needed.
 
     `key` is the hash of the content, so that equal images are encoded once. `load` returns the
-    RGB picture; `name` is what messages call it (a path, or "shapes/train/17").
+    RGB picture; `name` is what messages call it (a path, or "shapes/train/17"). `boxes` are known
+    objects, (left, top, right, bottom) as shares of the picture.
     """
 
     key: str
     load: Callable[[], Image]
     name: str = ""
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
 
     def open(self) -> Image:
         return self.load()

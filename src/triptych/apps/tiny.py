@@ -1,6 +1,6 @@
-"""Rebuild assets/tiny: `python -m triptych.apps.tiny tokenizer|vision|language`.
+"""Rebuild assets/tiny: `python -m triptych.apps.tiny tokenizer|vision|language|qformer`.
 
-The tokenizer and both models learn from the procedural scenes of `data=shapes` alone.
+The tokenizer and all models learn from the procedural scenes of `data=shapes` alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TEMPLATE = (
 
 def main() -> None:
     """Rebuild one of the assets."""
-    builders = {"tokenizer": tokenizer, "vision": vision, "language": language}
+    builders = {"tokenizer": tokenizer, "vision": vision, "language": language, "qformer": qformer}
     if len(sys.argv) < 2 or sys.argv[1] not in builders:
         raise SystemExit(f"usage: python -m triptych.apps.tiny {'|'.join(builders)} [overrides]")
     builders[sys.argv[1]](sys.argv[2:])
@@ -61,14 +61,29 @@ def tokenizer(overrides: list[str]) -> None:
 
 def vision(overrides: list[str]) -> None:
     """Train and keep the vision tower of `experiment=tiny/vision`."""
-    run = _train("vision", overrides)
+    run = _train("tiny/vision", overrides)
     _keep(run, "vision")
 
 
 def language(overrides: list[str]) -> None:
     """Train and keep the decoder of `experiment=tiny/language`."""
-    run = _train("language", overrides)
+    run = _train("tiny/language", overrides)
     _keep(run, "language")
+
+
+def qformer(overrides: list[str]) -> None:
+    """Train and keep the Q-Former of the small `experiment=blip2/stage1`, text branch and all."""
+    from safetensors.torch import save_file
+
+    from triptych.api import load
+    from triptych.bundle import unique_tensors
+
+    part = load(_train("blip2/stage1", overrides)).model.connector
+    tensors, _ = unique_tensors(dict(part.state_dict(keep_vars=True)))
+    folder = assets_dir() / "tiny" / "qformer"
+    folder.mkdir(exist_ok=True)
+    halves = {name: tensor.detach().half() for name, tensor in tensors.items()}
+    save_file(halves, folder / "model.safetensors")
 
 
 def _texts() -> Iterator[str]:
@@ -86,9 +101,9 @@ def _texts() -> Iterator[str]:
 
 
 def _train(name: str, overrides: list[str]) -> Path:
-    run = Path("runs") / f"tiny-{name}"
+    run = Path("runs") / f"tiny-{name.rpartition('/')[2]}"
     script = assets_dir().parent / "train.py"
-    command = [sys.executable, str(script), f"experiment=tiny/{name}", f"hydra.run.dir={run}"]
+    command = [sys.executable, str(script), f"experiment={name}", f"hydra.run.dir={run}"]
     subprocess.run([*command, "ckpt=last", *overrides], check=True)
     return run
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from triptych.data.processor import ChatProcessor, Encoded
-from triptych.types import IGNORE, PAD, Batch, DataError, Sample, Tokens
+from triptych.parts.pair_text import framed_rows
+from triptych.types import Batch, DataError, Sample, Tokens
 
 
 @dataclass
@@ -64,17 +63,8 @@ class Seq2SeqProcessor(ChatProcessor):
 
     def _answers(self, samples: Sequence[Sample]) -> Tokens:
         """start, the answer's words, the end; all but the start are labels."""
-        ends = self.tokenizer.eos_token_id
-        words = [self.tokenizer(answer(s), add_special_tokens=False)["input_ids"] for s in samples]
-        rows = [[self.start_id, *w[: self.max_length - 2], ends] for w in words]
-        shape = (len(rows), max(map(len, rows)))
-        ids = torch.full(shape, self.tokenizer.pad_token_id)
-        labels, segments = torch.full(shape, IGNORE), torch.full(shape, PAD)
-        for b, row in enumerate(rows):
-            ids[b, : len(row)] = torch.tensor(row)
-            labels[b, 1 : len(row)] = torch.tensor(row[1:])
-            segments[b, : len(row)] = 1
-        return Tokens(ids, torch.arange(shape[1]).expand(shape).contiguous(), segments, labels)
+        said, end = [answer(s) for s in samples], self.tokenizer.eos_token_id
+        return framed_rows(self.tokenizer, said, self.start_id, end, self.max_length)
 
 
 @dataclass

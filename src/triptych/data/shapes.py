@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -164,7 +165,7 @@ class Shapes(Sequence[Sample]):
     def _sample(self, number: int, scene: Scene) -> Sample:
         return Sample(
             messages=[],
-            images=[self._image(number)],
+            images=[replace(self._image(number), boxes=tuple(o.box for o in scene.objects))],
             tags=scene.tags,
             cluster=f"shapes/{self.split}/{number}",
             source="shapes",

@@ -169,4 +169,5 @@ class TaggedProcessor:
 
     def _regions(self, images: Images, index: int) -> int:
         """Places image `index` takes: its stored regions, or what the encoder gives any image."""
-        return self.placeholders if images.features is None else int(images.features.counts[index])
+        counts = images.extra.get("regions") if images.features is None else images.features.counts
+        return self.placeholders if counts is None else int(counts[index])

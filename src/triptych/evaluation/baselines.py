@@ -60,7 +60,14 @@ def permute_images(samples: Sequence[Sample], seed: int) -> list[Sample]:
     refs = list(images.values())
     cycle = [refs[i] for i in order]  # one cycle through all images has no fixed point
     other = {a.key: b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)}
-    return [replace(s, images=[other[image.key] for image in s.images]) for s in samples]
+    tags = {image.key: s.tags for s in samples for image in s.images[:1]}
+    return [_with_images(s, [other[image.key] for image in s.images], tags) for s in samples]
+
+
+def _with_images(sample: Sample, images: list[ImageRef], tags: dict[str, list[str]]) -> Sample:
+    """Object tags were read off the image, so they go where it goes."""
+    seen = tags.get(images[0].key, []) if images and sample.tags else sample.tags
+    return replace(sample, images=images, tags=seen)
 
 
 def _most_frequent(counts: Counter[str]) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from triptych.data.transforms import ImageTransform
 from triptych.interop.blip2 import NEVER_RUN, fields_of
+from triptych.interop.official import Official, Source, came_from, kept_config, save_sides
 from triptych.interop.prefixes import Table, load, to_ours, to_theirs
 from triptych.models.fusion_encoder import FusionEncoder, MatchHeads
 from triptych.parts.cross_text import ApartCrossText, CrossText
@@ -75,6 +76,7 @@ def build(
     tokenizer: str | None = None,
     starts: dict[str, str] | None = None,
     implementation: str = "sdpa",
+    transform: ImageTransform | None = None,
 ) -> FusionEncoder:
     """The same architecture from our parts, with random weights."""
     tower, second = config.vision_config, kind.startswith("Blip2")
@@ -84,7 +86,7 @@ def build(
         layer=-1,
         select="cls_patch",
         attention=implementation,
-        transform=ImageTransform((tower.image_size,) * 2),
+        transform=transform or ImageTransform((tower.image_size,) * 2),
     )
     text: dict[str, Any] = {
         "norm_eps": tower.layer_norm_eps,
@@ -132,3 +134,39 @@ def to_hf(kind: str, model: FusionEncoder) -> dict[str, Tensor]:
     left = (*NEVER_RUN, *rows.without, "momentum.")
     state = {n: t for n, t in model.state_dict().items() if not n.startswith(left)}
     return to_theirs(state, rows.table, "this model")
+
+
+def _official(kind: str) -> Official:
+    def read(config: PreTrainedConfig, state: dict[str, Tensor], source: Source) -> FusionEncoder:
+        what = f"the checkpoint '{source.path}'"
+        return from_hf(kind, config, state, what, **_beside(kind, config, source))
+
+    def open_parts(config: PreTrainedConfig, source: Source) -> FusionEncoder:
+        return build(kind, config, **_beside(kind, config, source))
+
+    def write(model: FusionEncoder, config: PreTrainedConfig) -> dict[str, Tensor]:
+        return to_hf(kind, model)
+
+    return Official(
+        kind,
+        {},
+        open_parts,
+        kept_config,
+        came_from(kind),
+        extras=save_sides,
+        read=read,
+        write=write,
+    )
+
+
+def _beside(kind: str, config: PreTrainedConfig, source: Source) -> dict[str, Any]:
+    """Tokenizer and transform; BLIP's decoder begins with [DEC], the first id behind BERT's."""
+    return {
+        "tokenizer": source.path,
+        "starts": None if kind.startswith("Blip2") else {"write": "[DEC]"},
+        "implementation": source.attention,
+        "transform": ImageTransform.of(source.path, config.vision_config),
+    }
+
+
+OFFICIAL = {kind: _official(kind) for kind in LAYOUTS}

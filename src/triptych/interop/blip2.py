@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from triptych.data.transforms import ImageTransform
+from triptych.interop.official import Official, Source, came_from, kept_config, save_sides
 from triptych.interop.prefixes import load, to_ours, to_theirs
 from triptych.models.fusion import Prefix
 from triptych.models.vlm import VLM
@@ -31,6 +33,11 @@ TEXT_ROWS = (
     ("qformer.embeddings.layernorm.", "connector.qformer.layernorm."),
     ("qformer.embeddings.", "connector.embeddings."),
 )
+# these checkpoints bring no chat template: words, then the answer and its end
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %} {{ m.content }}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
 NEVER_RUN = ("vision.model.post_layernorm.",)  # the tower's own copy; the connector's is used
 
 
@@ -45,6 +52,7 @@ def build(
     reader: str | None = None,
     implementation: str = "sdpa",
     transform: ImageTransform | None = None,
+    template: str | None = None,
 ) -> VLM:
     """The same architecture from our parts, with random weights.
 
@@ -75,7 +83,12 @@ def build(
     else:
         connector = partial(QFormer, **settings)
     kind = Seq2SeqModel if text.is_encoder_decoder else LanguageModel
-    language = kind(config=fields_of(text), tokenizer=tokenizer, implementation=implementation)
+    language = kind(
+        config=fields_of(text),
+        tokenizer=tokenizer,
+        template=template,
+        implementation=implementation,
+    )
     return VLM(vision, connector, language, Prefix())
 
 
@@ -94,10 +107,43 @@ def to_hf(model: VLM, config: PreTrainedConfig) -> dict[str, Tensor]:
     return to_theirs(state, table(config), "this model")
 
 
+def open_parts(config: PreTrainedConfig, source: Source) -> VLM:
+    """The architecture with what stands beside a checkpoint's weights: tokenizers, transform."""
+    return build(config, **_beside(config, source))
+
+
+def read(config: PreTrainedConfig, state: dict[str, Tensor], source: Source) -> VLM:
+    """A checkpoint's tensors and what stands beside them."""
+    return from_hf(config, state, f"the checkpoint '{source.path}'", **_beside(config, source))
+
+
+def _beside(config: PreTrainedConfig, source: Source) -> dict[str, Any]:
+    reader = Path(source.path) / "qformer_tokenizer"  # of InstructBLIP
+    return {
+        "tokenizer": source.path,
+        "reader": str(reader) if reader.is_dir() else source.path,
+        "implementation": source.attention,
+        "transform": ImageTransform.of(source.path, config.vision_config),
+        "template": source.template or TEMPLATE,
+    }
+
+
 def fields_of(config: PreTrainedConfig) -> dict[str, Any]:
     """What a configuration states, as keyword arguments."""
     skip = ("transformers_version", "architectures", "_name_or_path")
     return {k: v for k, v in config.to_dict().items() if k not in skip}
 
 
-__all__ = ["build", "fields_of", "from_hf", "table", "to_hf"]
+OFFICIAL = {
+    name: Official(
+        name,
+        {},
+        open_parts,
+        kept_config,
+        came_from(name),
+        extras=save_sides,
+        read=read,
+        write=to_hf,
+    )
+    for name in ("Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration")
+}

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from triptych.data.transforms import ImageTransform
+from triptych.interop.official import Official, Source, save_sides
 from triptych.parts.pretrained import resolve
 from triptych.types import TriptychError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from triptych.models.dual import DualEncoder
 
 TOWERS = (("vision.model.", "vision_model."), ("text.model.", "text_model."))
@@ -72,10 +78,15 @@ TABLES = {
 
 def load_official(model: DualEncoder, source: str, revision: str | None = None) -> None:
     """Fill a DualEncoder from a CLIP, SigLIP or ALIGN checkpoint, all of it or an error."""
+    fill(model, read_tensors(source, revision), source)
+
+
+def fill(model: DualEncoder, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
+    """Put official tensors into a DualEncoder; one that either side lacks is an error."""
     table = TABLES[family(model)]
     found: dict[str, Tensor] = {}
     left = []
-    for name, tensor in read_tensors(source, revision):
+    for name, tensor in tensors:
         ours = table.ours(name)
         if ours is not None:
             found[ours] = table.scale[1](tensor) if name == table.scale_key else tensor
@@ -123,20 +134,94 @@ def official_state(model: DualEncoder) -> dict[str, Tensor]:
 
 def export(model: DualEncoder, folder: str | Path) -> Path:
     """Write config.json and model.safetensors that the library's own class loads."""
-    import transformers
     from safetensors.torch import save_file
 
-    name, folder = family(model), Path(folder)
+    folder = Path(folder)
     state = {k: v.detach().cpu().contiguous() for k, v in official_state(model).items()}
-    config = getattr(transformers, TABLES[name].config)(
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    describe(model).save_pretrained(folder)
+    return folder
+
+
+def describe(model: DualEncoder) -> PreTrainedConfig:
+    """The official configuration of a model's towers."""
+    import transformers
+
+    if model.official is not None:
+        return deepcopy(model.official)
+    config = getattr(transformers, TABLES[family(model)].config)(
         text_config=model.text.config.to_dict(), vision_config=model.vision.config.to_dict()
     )
     if hasattr(config, "projection_dim"):
         config.projection_dim = model.heads.dim
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
-    return folder
+    return config
+
+
+def build(config: PreTrainedConfig, source: Source) -> DualEncoder:
+    """The architecture of an official configuration from our parts, with random weights."""
+    from triptych.models.dual import DualEncoder, Heads
+    from triptych.parts.text import TextEncoder
+    from triptych.parts.vision import VisionEncoder
+
+    kind = config.model_type
+    built = {"attention": source.attention, "dtype": source.dtype}
+    vision = VisionEncoder(
+        config=config.vision_config.to_dict(),
+        model_class=f"transformers.{CLASSES[kind]}VisionModel",
+        transform=ImageTransform.of(source.path, config.vision_config),
+        **built,
+    )
+    text = TextEncoder(
+        config=config.text_config.to_dict(),
+        tokenizer=source.path,
+        revision=source.revision,
+        pooling="first" if kind == "align" else "model",
+        padding="max_length" if kind == "siglip" else "longest",
+        model_class=f"transformers.{CLASSES[kind]}TextModel",
+        **built,
+    )
+    own: dict[str, Any] = {
+        "clip": {"dim": getattr(config, "projection_dim", None)},
+        "siglip": {
+            "image_projection": "identity",
+            "text_projection": "identity",
+            "scale": 10.0,
+            "bias": -10.0,
+            "max_scale": None,
+        },
+        "align": {
+            "dim": getattr(config, "projection_dim", None),
+            "image_projection": "identity",
+            "projection_bias": True,
+            "scale": 1.0,
+            "max_scale": None,
+        },
+    }
+    return DualEncoder(vision, text, partial(Heads, **own[kind]))
+
+
+def read(config: PreTrainedConfig, state: dict[str, Tensor], source: Source) -> DualEncoder:
+    """An official checkpoint's tensors in our parts."""
+    model = build(config, source)
+    fill(model, state.items(), source.path)
+    return model
+
+
+def write(model: DualEncoder, config: PreTrainedConfig) -> dict[str, Tensor]:
+    """The official tensors of a model, whatever it was read from."""
+    return official_state(model)
+
+
+def _fits(kind: str, model: Any) -> bool:
+    """Whether both towers are of this family and each tensor has a place in its checkpoint."""
+    from triptych.models.dual import DualEncoder
+
+    if not isinstance(model, DualEncoder):
+        return False
+    kinds = {p.config.model_type.partition("_")[0] for p in (model.vision, model.text)}
+    table = TABLES[kind]
+    return kinds == {kind} and all(table.theirs(name) is not None for name in model.state_dict())
 
 
 def family(model: DualEncoder) -> str:
@@ -191,4 +276,17 @@ def _renamed(name: str, rows: tuple[tuple[str, str], ...]) -> str | None:
     return None
 
 
-__all__ = ["TABLES", "export", "family", "load_official", "official_state"]
+CLASSES = {"clip": "CLIP", "siglip": "Siglip", "align": "Align"}
+OFFICIAL = {
+    kind: Official(
+        f"{name}Model",
+        {},
+        build,
+        describe,
+        partial(_fits, kind),
+        extras=save_sides,
+        read=read,
+        write=write,
+    )
+    for kind, name in CLASSES.items()
+}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from triptych.interop import blip, blip2, dual
 from triptych.interop.llava import LLAVA
 from triptych.interop.official import Official, Source, listed, load_exactly, renamed, tie
 from triptych.models.base import Model
@@ -20,7 +21,13 @@ from triptych.types import TriptychError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-OFFICIAL: dict[str, Official] = {"llava": LLAVA}  # by the model_type a config.json states
+# by the class that a config.json states, else by its model_type
+OFFICIAL: dict[str, Official] = {
+    "llava": LLAVA,
+    **dual.OFFICIAL,
+    **blip.OFFICIAL,
+    **blip2.OFFICIAL,
+}
 
 
 def from_hf(
@@ -30,7 +37,7 @@ def from_hf(
     attention: str = "sdpa",
     dtype: str = "float32",
 ) -> Model | VisionEncoder | LanguageModel:
-    """A ready model from an official checkpoint: LLaVA-1.5, or one part alone.
+    """A ready model from an official checkpoint of a family in OFFICIAL, or one part alone.
 
     path: a folder or hub id. A vision tower's checkpoint (CLIP, SigLIP, DINOv2 ...) gives a
     VisionEncoder, a causal language model's a LanguageModel. A tensor that either side lacks is an
@@ -39,7 +46,7 @@ def from_hf(
     """
     source = Source(str(path), revision, template, attention, dtype)
     config = checkpoint_config(source.path, revision)
-    family = OFFICIAL.get(config.model_type)
+    family = OFFICIAL.get((config.architectures or [""])[0]) or OFFICIAL.get(config.model_type)
     if family is not None:
         return _load(family, config, source)
     weights = {"weights": source.path, "revision": revision, "dtype": dtype}
@@ -119,7 +126,8 @@ def _load(family: Official, config: PreTrainedConfig, source: Source) -> Model:
         resolve(source.path),
         revision=source.revision or "main",
         dtype=getattr(torch, source.dtype),
-        attn_implementation=source.attention,
+        # a family that reads the tensors itself never runs the library's class
+        attn_implementation="eager" if family.read else source.attention,
         output_loading_info=True,
         use_safetensors=True,
         trust_remote_code=False,
@@ -133,12 +141,15 @@ def _load(family: Official, config: PreTrainedConfig, source: Source) -> Model:
                 f"{what} {verb} {listed(names)}; name a complete checkpoint of "
                 f"{family.model_class}."
             )
-    with init_empty_weights(include_buffers=False):  # the weights are taken over, not copied
-        model = family.build(config, source)
     theirs = library.state_dict()
-    names = renamed(theirs, family.prefixes, what)
-    load_exactly(model, {names[n]: t for n, t in theirs.items()}, what)
-    tie(model)
+    if family.read is not None:
+        model = family.read(config, theirs, source).to(library.dtype)
+    else:
+        with init_empty_weights(include_buffers=False):  # the weights are taken over, not copied
+            model = family.build(config, source)
+        names = renamed(theirs, family.prefixes, what)
+        load_exactly(model, {names[n]: t for n, t in theirs.items()}, what)
+        tie(model)
     if hasattr(model, "language"):
         model.language.model.generation_config = library.generation_config
     model.official = config
@@ -149,10 +160,13 @@ def _save(family: Official, model: Model, folder: Path) -> None:
     from accelerate import init_empty_weights
 
     config = family.describe(model)
-    back = {ours: theirs for theirs, ours in family.prefixes.items()}
-    own = model.state_dict()
-    names = renamed(own, back, "the model")
-    tensors = family.finish({names[n]: t for n, t in own.items()}, config)
+    if family.write is not None:
+        tensors = family.write(model, config)
+    else:
+        back = {ours: theirs for theirs, ours in family.prefixes.items()}
+        own = model.state_dict()
+        names = renamed(own, back, "the model")
+        tensors = family.finish({names[n]: t for n, t in own.items()}, config)
     with init_empty_weights(include_buffers=False):
         library = family.library()(config)
     load_exactly(library, tensors, "the model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ class Official:
     of ours, or an error that says what the official class cannot hold.
     fits: whether the family could hold the model at all. finish: changes to the tensors that the
     official class needs. extras: writes what stands beside the weights (tokenizer, processor).
+    read, write: from and to the official tensors, for families whose parts share tensors or hold
+    more than the official class; the prefix table is then theirs alone.
     """
 
     model_class: str  # a class of transformers
@@ -54,12 +57,47 @@ class Official:
     fits: Callable[[Model], bool]
     finish: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] = _unchanged
     extras: Callable[[Model, Any, str], None] = _nothing
+    read: Callable[[Any, dict[str, Tensor], Source], Model] | None = None
+    write: Callable[[Any, Any], dict[str, Tensor]] | None = None
 
     def library(self) -> type:
         """The class of transformers that reads and writes this checkpoint."""
         import transformers
 
         return getattr(transformers, self.model_class)
+
+
+def kept_config(model: Model) -> PreTrainedConfig:
+    """The configuration a model came with; only what `from_hf` read can go back by it."""
+    if model.official is None:
+        raise TriptychError(
+            "this model was not read from an official checkpoint, so there is no configuration to "
+            "write; start from one with from_hf, or keep the run's bundle."
+        )
+    return deepcopy(model.official)
+
+
+def came_from(model_class: str) -> Callable[[Model], bool]:
+    """A check that a model was read from a checkpoint of this class."""
+
+    def check(model: Model) -> bool:
+        config = getattr(model, "official", None)
+        return config is not None and (config.architectures or [None])[0] == model_class
+
+    return check
+
+
+def save_sides(model: Model, config: PreTrainedConfig, folder: str) -> None:
+    """Write the image processor and, if there is one, the tokenizer."""
+    model.vision.transform.to_library().save_pretrained(folder)
+    owners = (getattr(model, role, None) for role in ("language", "text", "connector"))
+    part = next((p for p in owners if hasattr(type(p), "tokenizer")), None)
+    try:
+        tokenizer = part and part.tokenizer
+    except (OSError, ValueError, TriptychError):
+        return
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def renamed(names: Collection[str], prefixes: Mapping[str, str], what: str) -> dict[str, str]:

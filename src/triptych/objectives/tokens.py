@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from triptych.objectives.base import Objective
 from triptych.parts.attention import predecessors
-from triptych.types import IGNORE, Batch, Term, Tokens
+from triptych.types import IGNORE, Batch, Term, Tokens, TriptychError
 
 
 class NextToken(Objective):
@@ -19,14 +19,20 @@ class NextToken(Objective):
 
     The head runs only where there is a label, `chunk` positions at a time and again in the
     backward pass, so the (tokens x vocabulary) matrix never exists.
+    weights: one a data set, by `Sample.source`. The loss is then their weighted sum of means, one
+    mean a data set (Flamingo, arXiv 2204.14198, section 2.4); without it, the mean of all tokens.
     """
 
-    def __init__(self, chunk: int = 1024) -> None:
+    def __init__(self, chunk: int = 1024, weights: dict[str, float] | None = None) -> None:
         super().__init__()
-        self.chunk = chunk
+        self.chunk, self.weights = chunk, dict(weights or {})
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        return {"next_token": int((written(batch).labels != IGNORE).sum())}
+        tokens = written(batch)
+        if not self.weights:
+            return {"next_token": int((tokens.labels != IGNORE).sum())}
+        source = self._sources(batch)[owners(tokens)[tokens.labels != IGNORE]]  # (N,)
+        return {f"next_token/{n}": int((source == i).sum()) for i, n in enumerate(self.weights)}
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         tokens = written(batch)
@@ -34,7 +40,34 @@ class NextToken(Objective):
         rows, columns = (tokens.labels != IGNORE).nonzero(as_tuple=True)  # (N,)
         before = predecessors(tokens)[rows, columns]  # the one shift of labels
         scored, labels = hidden[rows, before], tokens.labels[rows, columns]  # (N,D), (N,)
-        return {"next_token": Term(chunked_nll(model.logits, scored, labels, self.chunk))}
+        if not self.weights:
+            return {"next_token": Term(chunked_nll(model.logits, scored, labels, self.chunk))}
+        source = self._sources(batch)[owners(tokens)[rows, columns]]  # (N,)
+        terms = {}
+        for i, (name, weight) in enumerate(self.weights.items()):
+            own = source == i
+            nll = chunked_nll(model.logits, scored[own], labels[own], self.chunk)
+            terms[f"next_token/{name}"] = Term(nll, weight)
+        return terms
+
+    def _sources(self, batch: Batch) -> Tensor:
+        """The place in `weights` of each sample's data set."""
+        names = list(self.weights)
+        odd = next((s for s in batch.samples if s.source not in self.weights), None)
+        if odd is not None:
+            raise TriptychError(
+                f"sample '{odd.id}' is of the data set '{odd.source}', for which "
+                f"objective.weights has no number; it names {', '.join(names)}."
+            )
+        places = [names.index(s.source) for s in batch.samples]
+        return torch.tensor(places, device=written(batch).ids.device)
+
+
+def owners(tokens: Tokens) -> Tensor:
+    """(B,T) which of the batch's samples a token belongs to; of no meaning outside segments."""
+    held = tokens.segments.amax(1)  # (B,) samples a row holds
+    first = held.cumsum(0) - held
+    return (first[:, None] + tokens.segments - 1).clamp_min(0)
 
 
 def written(batch: Batch) -> Tokens:

@@ -145,6 +145,15 @@ class CrossText(nn.Module, PairText):
             )
 
 
+class PooledCrossText(CrossText):
+    """For towers without a class token: the mean of an image's tokens stands for it."""
+
+    def look(self, states: Tensor, real: Tensor | None) -> Tensor:
+        """(U,1,Dv): the mean of the image's tokens."""
+        weight = _seen(real, states)[..., None].to(self.norm.weight.dtype)  # (U,P,1)
+        return (self._image(states) * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+
+
 class ApartCrossText(CrossText):
     """Encoder and decoder with weights of their own, as BLIP's question answering trains them."""
 

@@ -59,17 +59,7 @@ class PairText:
         """Texts as rows padded on the right to the longest; all but the start are labels."""
         most = min(self.max_length, max_length or self.max_length)
         start, end = self.start_id(use), self.end_id
-        words = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        rows = [[start, *w[: most - 2], end] for w in words]
-        shape = (len(rows), max(map(len, rows)))
-        ids = torch.full(shape, self.tokenizer.pad_token_id)
-        labels, segments = torch.full(shape, IGNORE), torch.full(shape, PAD)
-        for b, row in enumerate(rows):
-            ids[b, : len(row)] = torch.tensor(row)
-            labels[b, 1 : len(row)] = torch.tensor(row[1:])
-            segments[b, : len(row)] = 1
-        positions = torch.arange(shape[1]).expand(shape).contiguous()
-        return Tokens(ids, positions, segments, labels)
+        return framed_rows(self.tokenizer, texts, start, end, most)
 
     def prompt(self, texts: list[str]) -> Tokens:
         """Beginnings to write on from, padded on the left: a start and the words, no end."""
@@ -83,3 +73,23 @@ class PairText:
             segments[b, shape[1] - len(row) :] = 1
         positions = ((segments != PAD).cumsum(1) - 1).clamp_min(0)
         return Tokens(ids, positions, segments)
+
+
+def framed_rows(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], start: int, end: int, most: int
+) -> Tokens:
+    """Rows of at most `most` tokens, start, words and end, padded on the right.
+
+    All but the start are labels: what a decoder writes.
+    """
+    words = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = [[start, *w[: most - 2], end] for w in words]
+    shape = (len(rows), max(map(len, rows)))
+    ids = torch.full(shape, tokenizer.pad_token_id)
+    labels, segments = torch.full(shape, IGNORE), torch.full(shape, PAD)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)] = torch.tensor(row)
+        labels[b, 1 : len(row)] = torch.tensor(row[1:])
+        segments[b, : len(row)] = 1
+    positions = torch.arange(shape[1]).expand(shape).contiguous()
+    return Tokens(ids, positions, segments, labels)

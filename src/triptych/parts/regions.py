@@ -1,9 +1,11 @@
-"""Stored region features in the place of a vision encoder (OSCAR's frozen, offline detector)."""
+"""Regions in the place of a grid: stored by a detector, or read from known boxes (OSCAR)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,7 +13,11 @@ from torch import Tensor, nn
 
 from triptych.data.processor import ImageLoader
 from triptych.data.transforms import ImageTransform
+from triptych.parts.vision import VisionEncoder
 from triptych.types import DataError, ImageFeatures, ImageRef, Images, Sample, TriptychError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 POSITION = 6  # x1, y1, x2, y2, width, height, each as a share of the picture
 
@@ -87,3 +93,65 @@ class RegionLoader(ImageLoader):
         counts = torch.tensor([len(r) for r in regions])
         features = ImageFeatures(torch.cat(regions), counts)
         return Images(list(refs), features=features), {key: i for i, key in enumerate(refs)}
+
+
+class BoxFeatures(nn.Module):
+    """Regions with no file: the vision tower reads each box that the picture is known to hold.
+
+    D = the tower's width (the mean of a crop's tokens) + the 6 position values of RegionFeatures.
+    `ImageRef.boxes` states the boxes, as `data=shapes` does; a picture without any is one region.
+    margin: share of a box's sides that is cut out around it.
+    """
+
+    def __init__(self, tower: VisionEncoder, regions: int = 50, margin: float = 0.1) -> None:
+        super().__init__()
+        self.tower, self.regions, self.margin = tower, regions, margin
+        self.dim, self.transform = tower.dim + POSITION, tower.transform
+        self.layer, self.select = tower.layer, tower.select
+        self.unused = tuple(f"tower.{name}" for name in tower.unused)
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Most regions of an image; a row holds a place for each it really has."""
+        return self.regions
+
+    def loader(self) -> BoxLoader:
+        """What cuts the boxes out."""
+        return BoxLoader(self)
+
+    def forward(self, images: Images) -> ImageFeatures:
+        """(sum R, D) from crops (sum R,3,H,W), .extra boxes (sum R,6) and regions (U,)."""
+        tokens, counts, _ = self.tower(Images([], pixels=images.pixels))
+        means = tokens.view(len(counts), -1, tokens.shape[-1]).mean(1)  # (sum R, D-6)
+        places = images.extra["boxes"].to(means.dtype)
+        return ImageFeatures(torch.cat([means, places], 1), images.extra["regions"])
+
+
+class BoxLoader(ImageLoader):
+    """The distinct images of a batch as crops of their boxes."""
+
+    def __init__(self, part: BoxFeatures) -> None:
+        super().__init__(part.transform)
+        self.most, self.margin = part.regions, part.margin
+
+    def __call__(self, samples: Sequence[Sample]) -> tuple[Images | None, dict[str, int]]:
+        refs = {ref.key: ref for sample in samples for ref in sample.images}
+        if not refs:
+            return None, {}
+        pixels, places, counts = [], [], []
+        for ref in refs.values():
+            picture = ref.open()
+            boxes = ref.boxes[: self.most] or ((0.0, 0.0, 1.0, 1.0),)
+            pixels += [self.transform(self._cut(picture, box)) for box in boxes]
+            places += [[x1, y1, x2, y2, x2 - x1, y2 - y1] for x1, y1, x2, y2 in boxes]
+            counts.append(len(boxes))
+        extra = {"boxes": torch.tensor(places), "regions": torch.tensor(counts)}
+        images = Images(list(refs), pixels=torch.stack(pixels), extra=extra)
+        return images, {key: i for i, key in enumerate(refs)}
+
+    def _cut(self, picture: Image, box: tuple[float, float, float, float]) -> Image:
+        (x1, y1, x2, y2), (width, height) = box, picture.size
+        dx, dy = self.margin * (x2 - x1), self.margin * (y2 - y1)
+        left, top = max(0, int((x1 - dx) * width)), max(0, int((y1 - dy) * height))
+        right, bottom = (x2 + dx) * width, (y2 + dy) * height
+        right = min(width, max(left + 1, math.ceil(right)))
+        return picture.crop((left, top, right, min(height, max(top + 1, math.ceil(bottom)))))
