@@ -11,7 +11,6 @@ import pytest
 from fixture_benchmarks import FILES, FIXTURES, build, options
 
 from triptych.evaluation import captioning
-from triptych.evaluation.wording import lettered, letters_of
 from triptych.evaluation.baselines import question_of
 from triptych.evaluation.metrics import cider_d, ptb_tokenize
 from triptych.evaluation.predictor import Score
@@ -20,6 +19,7 @@ from triptych.evaluation.sets.documents import DocVQA, TextVQA
 from triptych.evaluation.sets.ocr import Transcripts, Words
 from triptych.evaluation.sets.pope import POPE
 from triptych.evaluation.sets.vqa import VQA
+from triptych.evaluation.wording import lettered, letters_of
 from triptych.types import DataError, Sample, TriptychError
 
 

@@ -15,11 +15,11 @@ from fixture_benchmarks import FILES, SMALL, build
 
 from triptych.cli import conf_dir
 from triptych.evaluation import captioning
-from triptych.evaluation.wording import letters_of
 from triptych.evaluation.choice import ChoiceBenchmark
 from triptych.evaluation.predictor import Score
 from triptych.evaluation.runner import evaluate
 from triptych.evaluation.scorers import Outcome
+from triptych.evaluation.wording import letters_of
 from triptych.types import Sample, TriptychError
 
 NAMES = sorted({path.stem for path in (conf_dir() / "benchmark").glob("*.yaml")} - {"none"})

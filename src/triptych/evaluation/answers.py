@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
-from triptych.evaluation.wording import Ask, Rank
 from triptych.evaluation.baselines import question_of
 from triptych.evaluation.benchmark import AnswerBenchmark, Metrics, Record, with_interval
 from triptych.evaluation.metrics import RULES, gqa_exact, vqa_accuracy
 from triptych.evaluation.metrics.okvqa import Stemmer
 from triptych.evaluation.scorers import Outcome, Scorer
 from triptych.evaluation.similarity import Similarity
+from triptych.evaluation.wording import Ask, Rank
 from triptych.types import Sample
 
 Metric = Callable[[str, Sequence[str]], float]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from triptych.evaluation.wording import Ask
 from triptych.evaluation.baselines import Prior, question_of
 from triptych.evaluation.benchmark import Metrics, Record
 from triptych.evaluation.metrics import (
@@ -22,6 +21,7 @@ from triptych.evaluation.metrics import (
 )
 from triptych.evaluation.scorers import Outcome, Scorer
 from triptych.evaluation.spread import with_spread
+from triptych.evaluation.wording import Ask
 from triptych.types import Sample
 
 SPICE = "spice (needs CoreNLP models that no package ships)"

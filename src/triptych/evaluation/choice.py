@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from triptych.evaluation.wording import AskLetter, RankLetter, letters_of
 from triptych.evaluation.baselines import question_of
 from triptych.evaluation.benchmark import AnswerBenchmark, Metrics, Record, with_interval
 from triptych.evaluation.metrics import circular_accuracy, letter_report, parse_choice
 from triptych.evaluation.scorers import Outcome, Scorer
 from triptych.evaluation.similarity import Similarity
+from triptych.evaluation.wording import AskLetter, RankLetter, letters_of
 from triptych.types import Sample, TriptychError
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from triptych.data.readers import Instructions
-from triptych.evaluation.wording import Ask, Rank
 from triptych.evaluation.benchmark import AnswerBenchmark
 from triptych.evaluation.parsers import exact_answer
 from triptych.evaluation.scorers import Scorer
 from triptych.evaluation.similarity import Similarity
+from triptych.evaluation.wording import Ask, Rank
 from triptych.types import DataError
 
 

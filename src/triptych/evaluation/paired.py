@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from triptych.evaluation.wording import AskLetter, Rank
 from triptych.evaluation.benchmark import Metrics, Record, with_interval
 from triptych.evaluation.choice import ChoiceBenchmark
 from triptych.evaluation.metrics import paired_selection
 from triptych.evaluation.scorers import Outcome, Scorer
 from triptych.evaluation.similarity import Similarity
+from triptych.evaluation.wording import AskLetter, Rank
 from triptych.types import Sample
 
 WHICH = "Which caption fits the image? Answer with its letter directly."

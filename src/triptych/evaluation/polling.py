@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from triptych.evaluation.wording import Ask, Rank
 from triptych.evaluation.benchmark import AnswerBenchmark, Metrics, Record, with_interval
 from triptych.evaluation.metrics import auroc, parse_pope, pope_scores
 from triptych.evaluation.scorers import Outcome, Scorer
 from triptych.evaluation.similarity import Similarity
 from triptych.evaluation.spread import with_spread
+from triptych.evaluation.wording import Ask, Rank
 from triptych.types import Sample
 
 PARTS = ("accuracy", "precision", "recall", "yes_ratio")
