@@ -30,9 +30,10 @@ class NextToken(Objective):
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         tokens = written(batch)
-        hidden = model(batch)  # (B,T,D)
         rows, columns = (tokens.labels != IGNORE).nonzero(as_tuple=True)  # (N,)
         before = predecessors(tokens)[rows, columns]  # the one shift of labels
+        read = torch.zeros_like(tokens.mask).index_put((rows, before), tokens.mask.new_ones(()))
+        hidden = model(batch, scored=read)  # (B,T,D)
         scored, labels = hidden[rows, before], tokens.labels[rows, columns]  # (N,D), (N,)
         return {"next_token": Term(chunked_nll(model.logits, scored, labels, self.chunk))}
 

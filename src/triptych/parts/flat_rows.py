@@ -1,0 +1,214 @@
+"""Rows without their padding: a decoder's blocks run on real tokens only, attention row by row.
+
+The rows of a batch are laid behind each other as one, so that padding costs no matrix product. The
+last block computes queries, output and MLP only where a state is read; its keys and values stand
+for all tokens. Both leave the numbers as they are, for any decoder of the library whose attention
+goes through its interface and that takes a cache: no class of it is named here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from triptych.parts.attention import visible
+from triptych.types import Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "triptych_rows"
+READ = 0.5  # the last block looks at single positions if no more than this share of them is read
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries of one row and the keys of that row; no mask = plainly causal, all of the row."""
+
+    queries: slice
+    keys: slice
+    mask: Tensor | None  # (q,k) True where visible
+
+
+@dataclass(frozen=True)
+class FlatRows:
+    """Where each row stands among the N real tokens of a batch, and which tokens are read."""
+
+    places: Tensor  # (N,) of the real tokens in (B*T)
+    parts: tuple[Part, ...]
+    read: Tensor | None = None  # (R,) among the N; None = all
+    read_parts: tuple[Part, ...] = ()
+
+    @classmethod
+    def of(cls, tokens: Tokens, scored: Tensor | None) -> FlatRows:
+        """From (B,T) tokens; scored: (B,T) True where a state will be read."""
+        real = tokens.mask
+        lengths = real.sum(1).tolist()
+        parts, at = [], 0
+        for row, length in enumerate(lengths):
+            own = tokens.segments[row][real[row]]  # (length,)
+            here = slice(at, at + length)
+            at += length
+            parts.append(Part(here, here, None if _plain(own) else _row_mask(own)))
+        places = real.flatten().nonzero()[:, 0]
+        rows = cls(places, tuple(parts))
+        if scored is None:
+            return rows
+        read = scored.flatten()[places].nonzero()[:, 0]
+        if len(read) > READ * len(places) or not len(read):
+            return rows
+        return replace(rows, read=read, read_parts=tuple(_reading(parts, read)))
+
+
+def _plain(segments: Tensor) -> bool:
+    """Whether a row is one sample, alone or behind its prefix: causal without exceptions."""
+    return int(segments.max()) == int(segments[-1]) and len(segments[segments > 0].unique()) <= 1
+
+
+def _row_mask(segments: Tensor) -> Tensor:
+    row = segments[None]
+    return visible(Tokens(row, row, row), "causal")[0]
+
+
+def _reading(parts: list[Part], read: Tensor) -> list[Part]:
+    """The same rows with only the queries that are read; `read` is in ascending order."""
+    found, at = [], 0
+    bounds = torch.tensor([p.keys.stop for p in parts], device=read.device)
+    counts = torch.searchsorted(read, bounds).tolist()
+    for part, stop in zip(parts, counts, strict=True):
+        if stop > at:
+            inside = read[at:stop] - part.keys.start  # (r,)
+            length = part.keys.stop - part.keys.start
+            if part.mask is not None:
+                mask = part.mask[inside]
+            else:
+                mask = torch.arange(length, device=read.device) <= inside[:, None]
+            found.append(Part(slice(at, stop), part.keys, mask))
+        at = stop
+    return found
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,  # (1,heads,N,d), or (B,heads,T,d) without rows
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    rows: tuple[Part, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The library's attention function: row by row if there are rows, else its own fused one."""
+    if rows is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    found = [
+        F.scaled_dot_product_attention(
+            query[:, :, part.queries],
+            key[:, :, part.keys],
+            value[:, :, part.keys],
+            attn_mask=part.mask,
+            dropout_p=dropout,
+            is_causal=part.mask is None,
+            scale=scaling,
+        )
+        for part in rows
+    ]
+    out = found[0] if len(found) == 1 else torch.cat(found, 2)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def enable(model: PreTrainedModel, last: nn.Module) -> bool:
+    """Let a decoder take rows; False where its attention has rules that rows do not carry."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    biased = getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt")
+    fused = config._attn_implementation == "sdpa"
+    through = getattr(type(model), "_supports_attention_backend", False)
+    known = kinds <= {"full_attention", "sliding_attention"}
+    if capped or biased or not (fused and through and known):
+        return False
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    config._attn_implementation = NAME
+    last.forward = partial(_last_block, last)
+    return True
+
+
+def fits(config: Any, tokens: Tokens) -> bool:
+    """Whether every row lies within the attention window, if the decoder has one."""
+    window = getattr(config, "sliding_window", None)
+    return window is None or int(tokens.positions.max()) < window
+
+
+class _Found(Exception):
+    """Keys and values of a block, thrown from inside it before it attends."""
+
+
+class _Catch:
+    """Stands in for a cache: takes what a block would store, and ends the call."""
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
+        raise _Found(key, value)
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 0
+
+
+class _Lend(_Catch):
+    """Stands in for a cache that holds the keys and values of all tokens."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.key, self.value = key, value
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.key, self.value
+
+
+def _last_block(
+    block: nn.Module, hidden: Tensor, *args: Any, read: FlatRows | None = None, **kwargs: Any
+) -> Any:
+    """The last block; with `read`, states of other positions are zero in what it returns.
+
+    First it runs up to its keys and values, then on the positions that are read alone. Where it
+    recomputes activations it drops caches, so that nothing is caught and it runs in full.
+    """
+    forward = type(block).forward
+    if read is None or read.read is None:
+        return forward(block, hidden, *args, **kwargs)
+    try:
+        return forward(block, hidden, *args, **{**kwargs, "past_key_values": _Catch()})
+    except _Found as found:
+        lent = _Lend(*found.args)
+    chosen = {n: _at(v, read.read) for n, v in kwargs.items() if n.startswith("position")}
+    more = {**kwargs, **chosen, "past_key_values": lent, "rows": read.read_parts}
+    out = forward(block, hidden[:, read.read], *args, **more)
+    states = out[0] if isinstance(out, tuple) else out  # (1,R,D)
+    whole = states.new_zeros(hidden.shape).index_copy(1, read.read, states)
+    return (whole, *out[1:]) if isinstance(out, tuple) else whole
+
+
+def _at(value: Any, read: Tensor) -> Any:
+    """Positions, or cosines and sines of positions (1,N,...), at the tokens that are read."""
+    if isinstance(value, tuple):
+        return tuple(_at(v, read) for v in value)
+    return value[:, read] if isinstance(value, Tensor) else value
+
+
+__all__ = ["FlatRows", "attend", "enable", "fits"]
