@@ -1,10 +1,10 @@
 """Instruction tuning with LoRA: this project against the library's Trainer and TRL's SFTTrainer.
 
-python benchmarks/instruct.py                     easy-VQA, about ten questions an image
-python benchmarks/instruct.py --data varied --each 1   texts of 5 to 300 tokens, one question an image
-python benchmarks/instruct.py --data varied --each 8
-python benchmarks/instruct.py --ablate            each optimisation off against on
-python benchmarks/instruct.py --quick             a smoke run
+python benchmarks/instruct.py                           easy-VQA, ten questions an image
+python benchmarks/instruct.py --data varied --each 1    5 to 300 tokens, one question an image
+python benchmarks/instruct.py --data varied --each 8    the same with eight
+python benchmarks/instruct.py --ablate                  each optimisation off against on
+python benchmarks/instruct.py --quick                   a smoke run
 
 Peers: transformers' Trainer with TRL's collator (the fairest on a CPU), TRL's SFTTrainer in float32
 without checkpointing, and the naive loop (the library's processor, pad to the longest, the class's

@@ -26,7 +26,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WORDS = "the a of shape color circle square red green is there in image near left right two".split()
+WORDS = ["the", "a", "of", "shape", "color", "circle", "red", "green", "is", "there", "in", "image"]
 LINEAR, LORA, HEAD = 19.0e6, 0.94e6, 16.4e6  # weights of the decoder, its adapters, its head
 IMAGE, PROJECTED = 613e6, 151e6  # FLOP of an image encoded, and projected (forward and backward)
 LAST = LINEAR / 6 * (1 - 3 / 12.1)  # of the last block, what only read positions need (Q, O, MLP)

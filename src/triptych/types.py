@@ -36,15 +36,18 @@ class ImageRef:
     """One image, opened only when its pixels are needed.
 
     `key` is the hash of the content, so that equal images are encoded once. `load` returns the
-    RGB picture; `name` is what messages call it (a path, or "shapes/train/17").
+    RGB picture; `name` is what messages call it (a path, or "shapes/train/17"). `drafts`: load
+    takes `draft`, the pixels its shorter side must keep, and may decode a JPEG that much smaller.
     """
 
     key: str
     load: Callable[[], Image]
     name: str = ""
+    drafts: bool = False
 
-    def open(self) -> Image:
-        return self.load()
+    def open(self, draft: int | None = None) -> Image:
+        """The picture; `draft` pixels of its shorter side are enough for who asks."""
+        return self.load(draft=draft) if draft and self.drafts else self.load()
 
     @classmethod
     def from_file(cls, path: str | Path, root: str | Path | None = None) -> ImageRef:
@@ -56,7 +59,7 @@ class ImageRef:
             raise DataError(f"image '{path}' does not exist; check the path and data.images.")
         with open(path, "rb") as file:
             key = hashlib.file_digest(file, "sha1").hexdigest()
-        return cls(key=key, load=partial(open_image, path), name=str(path))
+        return cls(key=key, load=partial(open_image, path), name=str(path), drafts=True)
 
     @classmethod
     def from_picture(cls, picture: Image, name: str = "picture") -> ImageRef:

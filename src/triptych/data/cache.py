@@ -115,7 +115,7 @@ class FeatureCache:
     def _pixels(self, refs: list[ImageRef]) -> Iterator[tuple[int, torch.Tensor]]:
         """Batches of one shape; the last is filled up with zeros."""
         for start in range(0, len(refs), BATCH):
-            pictures = [self.encoder.transform(r.open()) for r in refs[start : start + BATCH]]
+            pictures = [self.encoder.transform.read(r) for r in refs[start : start + BATCH]]
             pixels = torch.stack(pictures)
             short = BATCH - len(pixels)
             yield start, torch.cat([pixels, pixels.new_zeros(short, *pixels.shape[1:])])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from triptych.objectives.base import Objective
+from triptych.objectives.fused_head import fused_nll
 from triptych.parts.attention import predecessors
 from triptych.types import IGNORE, Batch, Term, Tokens
 
@@ -35,7 +36,10 @@ class NextToken(Objective):
         read = torch.zeros_like(tokens.mask).index_put((rows, before), tokens.mask.new_ones(()))
         hidden = model(batch, scored=read)  # (B,T,D)
         scored, labels = hidden[rows, before], tokens.labels[rows, columns]  # (N,D), (N,)
-        return {"next_token": Term(chunked_nll(model.logits, scored, labels, self.chunk))}
+        nll = fused_nll(model, scored, labels)
+        if nll is None:
+            nll = chunked_nll(model.logits, scored, labels, self.chunk)
+        return {"next_token": Term(nll)}
 
 
 def written(batch: Batch) -> Tokens:
