@@ -48,15 +48,6 @@ def rows() -> Tokens:
     return Tokens(ids, positions * (segments != PAD), segments, labels)
 
 
-class Wiring(torch.nn.Module):
-    def __init__(self, language):
-        super().__init__()
-        self.language = language
-
-    def forward(self, batch, scored=None):
-        return self.language(self.language.embed(batch), batch, scored=scored)
-
-
 def decoder(kind: str) -> LanguageModel:
     torch.manual_seed(0)
     config = {"model_type": kind, **DECODERS[kind]}
@@ -155,11 +146,8 @@ def test_thin_lora_gives_pefts_outputs_and_gradients(bias):
     expected = [t.clone() for t in run()]
     thin(model)
     assert type(model[0]) is ThinLinear
-    calls = torch.autograd.graph.Node
-    assert isinstance(model(x).grad_fn, calls)
     for one, other in zip(run(), expected, strict=True):
         torch.testing.assert_close(one, other)
-    model[0].disable_adapters = True
     model[0]._disable_adapters = True
     torch.testing.assert_close(model(x), model[0].base_layer(x))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from triptych.build import Adapted
     from triptych.data.datamodule import DataModule
 
+MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere nothing is split unless a limit is set
+
 
 def room_gb(limit_gb: float | None) -> float:
     """GiB that tensors of a step may take: the limit that was set, or 90 % of what is free."""
@@ -23,8 +25,9 @@ def room_gb(limit_gb: float | None) -> float:
         return limit_gb
     if torch.cuda.is_available():
         return 0.9 * torch.cuda.mem_get_info()[1] / GIB
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 0.9 * pages / GIB
+    lines = MEMINFO.read_text().splitlines() if MEMINFO.exists() else []
+    free = [int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")]  # KiB
+    return 0.9 * free[0] / GIB if free else float("inf")
 
 
 def splits(batch: int) -> list[int]:

@@ -77,7 +77,7 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
     exit_code = 1
     try:
         adapted.model.to(trainer.strategy.root_device)
-        compile_parts(adapted.model, cfg.compile)
+        compile_parts(adapted.model, cfg.get("compile", []))
         tables, first = {}, None
         if cfg.eval.at_start and benchmarks:
             first = folder / "before"
@@ -239,6 +239,9 @@ def use_pixel_cache(cfg: DictConfig, data: DataModule) -> None:
     refs, transform = data.references(), getattr(data.processor.images, "transform", None)
     if not cfg.cache.pixels or refs is None or not isinstance(transform, ImageTransform):
         return
+    steps = cfg.trainer.max_steps * data.batch_size * data.accumulate
+    if cfg.trainer.max_epochs == 1 or 0 < steps <= len(data.plan):
+        return  # each image is read once, or nearly
     cache = PixelCache(cache_dir() / "pixels", transform)
     if len(data.reader) * cache.item_bytes > cfg.cache.limit_gb * 2**30:
         return  # not even looked at: millions of files would be read to count their images

@@ -33,7 +33,7 @@ class FeatureCache:
             "config": encoder.config.to_dict(),
             "layer": encoder.layer,
             "select": encoder.select,
-            "tokens": not encoder.pooled_only,
+            "tokens": not getattr(encoder, "pooled_only", False),
             "transform": vars(encoder.transform),
             "dtype": str(encoder.model.dtype),
             "attention": encoder.model.config._attn_implementation,

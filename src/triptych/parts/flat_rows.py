@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,8 @@ class FlatRows:
         lengths = real.sum(1).tolist()
         parts, at = [], 0
         for row, length in enumerate(lengths):
+            if not length:
+                continue
             own = tokens.segments[row][real[row]]  # (length,)
             here = slice(at, at + length)
             at += length
@@ -192,13 +195,15 @@ def _last_block(
     forward = type(block).forward
     if read is None or read.read is None:
         return forward(block, hidden, *args, **kwargs)
+    names = list(signature(forward).parameters)[2:]  # behind self and the states
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     try:
-        return forward(block, hidden, *args, **{**kwargs, "past_key_values": _Catch()})
+        return forward(block, hidden, **{**kwargs, "past_key_values": _Catch()})
     except _Found as found:
         lent = _Lend(*found.args)
     chosen = {n: _at(v, read.read) for n, v in kwargs.items() if n.startswith("position")}
     more = {**kwargs, **chosen, "past_key_values": lent, "rows": read.read_parts}
-    out = forward(block, hidden[:, read.read], *args, **more)
+    out = forward(block, hidden[:, read.read], **more)
     states = out[0] if isinstance(out, tuple) else out  # (1,R,D)
     whole = states.new_zeros(hidden.shape).index_copy(1, read.read, states)
     return (whole, *out[1:]) if isinstance(out, tuple) else whole
