@@ -228,8 +228,8 @@ def ours(variant: str, args) -> Result:
         def on_train_batch_start(self, *_):
             clock.begin()
 
-        def on_train_batch_end(self, trainer, *_):
-            losses.append(float(trainer.callback_metrics["train/loss"]))
+        def on_train_batch_end(self, trainer, module, outputs, *_):
+            losses.append(float(outputs["loss"]))
             clock.end()
 
     trainer = pl.Trainer(

@@ -126,6 +126,10 @@ def main(
     print()
     for variant, (middle, low, high) in report["ratios"].items():
         print(f"{variant:28s} {middle:6.2f} x {against} [{low:.2f}-{high:.2f}]")
+    for field, says in (("losses", "loss curves differ by at most"), ("answers", "same answers:")):
+        if all(field in run for found in runs.values() for run in found):
+            report[field] = agreement(field, runs, against)
+            print(says, report[field])
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}{'_quick' if args.quick else ''}.json"
     path.write_text(json.dumps(report, indent=1))
@@ -136,6 +140,15 @@ def ratio(ours: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, floa
     """Median, smallest and largest of the ratios of speed within each round."""
     found = [a["rate"] / b["rate"] for a, b in zip(ours, theirs, strict=True)]
     return statistics.median(found), min(found), max(found)
+
+
+def agreement(field: str, runs: dict[str, list[Result]], against: str) -> Any:
+    """The largest difference of loss curves to those of `against`, or whether answers are equal."""
+    reference = runs[against][0][field]
+    every = [run[field] for found in runs.values() for run in found]
+    if field == "answers":
+        return all(answers == reference for answers in every)
+    return max(abs(a - b) for one in every for a, b in zip(one, reference, strict=True))
 
 
 def _threads(count: int) -> None:
