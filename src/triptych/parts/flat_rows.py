@@ -197,12 +197,13 @@ def _last_block(
         return forward(block, hidden, *args, **kwargs)
     names = list(signature(forward).parameters)[2:]  # behind self and the states
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    cache = "layer_past" if "layer_past" in names else "past_key_values"  # GPT-NeoX names it so
     try:
-        return forward(block, hidden, **{**kwargs, "past_key_values": _Catch()})
+        return forward(block, hidden, **{**kwargs, cache: _Catch()})
     except _Found as found:
         lent = _Lend(*found.args)
     chosen = {n: _at(v, read.read) for n, v in kwargs.items() if n.startswith("position")}
-    more = {**kwargs, **chosen, "past_key_values": lent, "rows": read.read_parts}
+    more = {**kwargs, **chosen, cache: lent, "rows": read.read_parts}
     out = forward(block, hidden[:, read.read], **more)
     states = out[0] if isinstance(out, tuple) else out  # (1,R,D)
     whole = states.new_zeros(hidden.shape).index_copy(1, read.read, states)
