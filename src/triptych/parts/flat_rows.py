@@ -190,10 +190,11 @@ def _last_block(
     """The last block; with `read`, states of other positions are zero in what it returns.
 
     First it runs up to its keys and values, then on the positions that are read alone. Where it
-    recomputes activations it drops caches, so that nothing is caught and it runs in full.
+    recomputes activations the library drops caches, so it runs in full.
     """
     forward = type(block).forward
-    if read is None or read.read is None:
+    recomputed = getattr(block, "gradient_checkpointing", False) and block.training
+    if read is None or read.read is None or recomputed:
         return forward(block, hidden, *args, **kwargs)
     names = list(signature(forward).parameters)[2:]  # behind self and the states
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
