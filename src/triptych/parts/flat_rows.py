@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "triptych_rows"
+GPU_FULL = 0.8  # share of real tokens above which a GPU keeps the batch whole (not measured)
 READ = 0.5  # the last block looks at single positions if no more than this share of them is read
 
 
@@ -155,7 +156,12 @@ def enable(model: PreTrainedModel, last: nn.Module) -> bool:
 
 
 def fits(config: Any, tokens: Tokens) -> bool:
-    """Whether every row lies within the attention window, if the decoder has one."""
+    """Whether rows lie within the decoder's attention window, and are worth taking apart.
+
+    A GPU attends to a full batch in one call; there rows pay only where much of it is padding.
+    """
+    if tokens.ids.is_cuda and int(tokens.mask.sum()) > GPU_FULL * tokens.ids.numel():
+        return False
     window = getattr(config, "sliding_window", None)
     return window is None or int(tokens.positions.max()) < window
 
