@@ -109,7 +109,8 @@ def test_checkpointed_blocks_still_give_the_same_gradients():
     plain = gradients()
     language.model.gradient_checkpointing_enable({"use_reentrant": False})
     for one, other in zip(gradients(), plain, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        scale = other.abs().max().clamp_min(1)
+        torch.testing.assert_close(one / scale, other / scale, rtol=0, atol=1e-5)
 
 
 def test_rows_longer_than_the_window_keep_the_dense_mask():
