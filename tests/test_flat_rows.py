@@ -60,9 +60,17 @@ def decoder(kind: str) -> LanguageModel:
     return language
 
 
-@pytest.mark.parametrize("kind", DECODERS)
-def test_no_padding_and_few_states_read_give_loss_and_gradients_of_the_dense_mask(kind):
+CASES = [(kind, flat_rows.CALL) for kind in DECODERS] + [("llama", 0), ("gemma", 0)]
+
+
+@pytest.mark.parametrize(("kind", "call"), CASES)
+def test_no_padding_and_few_states_read_give_loss_and_gradients_of_the_dense_mask(
+    kind, call, monkeypatch
+):
+    monkeypatch.setattr(flat_rows, "CALL", call)  # 0: samples attend apart, behind their prefix
     tokens, language = rows(), decoder(kind)
+    parts = flat_rows.FlatRows.of(tokens, None).parts
+    assert len(parts) == (3 if call else 6)
     assert language._flat
     read = (tokens.labels != IGNORE).roll(-1, 1)
 

@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 
 NAME = "triptych_rows"
 GPU_FULL = 0.8  # share of real tokens above which a GPU keeps the batch whole (not measured)
+CALL = 4000  # what one more call of attention costs, in pairs of query and key
 READ = 0.5  # the last block looks at single positions if no more than this share of them is read
 
 
 @dataclass(frozen=True)
 class Part:
-    """Queries of one row and the keys of that row; no mask = plainly causal, all of the row."""
+    """Queries that stand together and the keys they look at; no mask = causal, both the same."""
 
     queries: slice
-    keys: slice
+    keys: tuple[slice, ...]  # one behind the other: a row, or its prefix and one of its samples
     mask: Tensor | None  # (q,k) True where visible
 
 
@@ -58,7 +59,7 @@ class FlatRows:
             own = tokens.segments[row][real[row]]  # (length,)
             here = slice(at, at + length)
             at += length
-            parts.append(Part(here, here, None if _plain(own) else _row_mask(own)))
+            parts += _row_parts(own, here)
         places = real.flatten().nonzero()[:, 0]
         rows = cls(places, tuple(parts))
         if scored is None:
@@ -74,20 +75,43 @@ def _plain(segments: Tensor) -> bool:
     return int(segments.max()) == int(segments[-1]) and len(segments[segments > 0].unique()) <= 1
 
 
-def _row_mask(segments: Tensor) -> Tensor:
-    row = segments[None]
-    return visible(Tokens(row, row, row), "causal")[0]
+def _row_parts(segments: Tensor, here: slice) -> list[Part]:
+    """A row at once under its mask, or prefix and samples apart, whichever is less work.
+
+    The mask costs T x T; apart, samples do not pay for each other, but each is a call of its own.
+    """
+    if _plain(segments):
+        return [Part(here, (here,), None)]
+    values, lengths = segments.unique_consecutive(return_counts=True)
+    lengths = lengths.tolist()
+    shared = lengths[0] if int(values[0]) == SHARED else 0
+    samples = lengths[1:] if shared else lengths
+    apart = shared**2 + sum(n * (shared + n) for n in samples) + CALL * len(lengths)
+    if len(values.unique()) < len(values) or apart > len(segments) ** 2:
+        row = segments[None]
+        return [Part(here, (here,), visible(Tokens(row, row, row), "causal")[0])]
+    prefix = slice(here.start, here.start + shared)
+    parts, at = [Part(prefix, (prefix,), None)] if shared else [], prefix.stop
+    for length in samples:
+        own = slice(at, at + length)
+        at = own.stop
+        if not shared:
+            parts.append(Part(own, (own,), None))
+            continue
+        mask = torch.ones(length, shared + length, dtype=torch.bool, device=segments.device)
+        parts.append(Part(own, (prefix, own), mask.tril(shared)))
+    return parts
 
 
 def _reading(parts: list[Part], read: Tensor) -> list[Part]:
-    """The same rows with only the queries that are read; `read` is in ascending order."""
+    """The same parts with only the queries that are read; `read` is in ascending order."""
     found, at = [], 0
-    bounds = torch.tensor([p.keys.stop for p in parts], device=read.device)
+    bounds = torch.tensor([p.queries.stop for p in parts], device=read.device)
     counts = torch.searchsorted(read, bounds).tolist()
     for part, stop in zip(parts, counts, strict=True):
         if stop > at:
-            inside = read[at:stop] - part.keys.start  # (r,)
-            length = part.keys.stop - part.keys.start
+            inside = read[at:stop] - part.queries.start  # (r,)
+            length = part.queries.stop - part.queries.start
             if part.mask is not None:
                 mask = part.mask[inside]
             else:
@@ -121,8 +145,8 @@ def attend(
     found = [
         F.scaled_dot_product_attention(
             query[:, :, part.queries],
-            key[:, :, part.keys],
-            value[:, :, part.keys],
+            _pick(key, part.keys),
+            _pick(value, part.keys),
             attn_mask=part.mask,
             dropout_p=dropout,
             is_causal=part.mask is None,
@@ -132,6 +156,11 @@ def attend(
     ]
     out = found[0] if len(found) == 1 else torch.cat(found, 2)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _pick(states: Tensor, places: tuple[slice, ...]) -> Tensor:
+    pieces = [states[:, :, place] for place in places]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
 
 def enable(model: PreTrainedModel, last: nn.Module) -> bool:
