@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triptych.parts.attention import visible
-from triptych.types import Tokens
+from triptych.types import SHARED, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
