@@ -69,7 +69,7 @@ def test_no_padding_and_few_states_read_give_loss_and_gradients_of_the_dense_mas
 ):
     monkeypatch.setattr(flat_rows, "CALL", call)  # 0: samples attend apart, behind their prefix
     tokens, language = rows(), decoder(kind)
-    parts = flat_rows.FlatRows.of(tokens, None).parts
+    parts = flat_rows.FlatRows.of(tokens, None).pattern.parts
     assert len(parts) == (3 if call else 6)
     assert language._flat
     read = (tokens.labels != IGNORE).roll(-1, 1)

@@ -8,7 +8,7 @@ goes through its interface and that takes a cache: no class of it is named here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -31,43 +31,50 @@ READ = 0.5  # the last block looks at single positions if no more than this shar
 
 @dataclass(frozen=True)
 class Part:
-    """Queries that stand together and the keys they look at; no mask = causal, both the same."""
+    """Queries that stand together, one part behind the other, and the keys they look at."""
 
-    queries: slice
-    keys: tuple[slice, ...]  # one behind the other: a row, or its prefix and one of its samples
-    mask: Tensor | None  # (q,k) True where visible
+    length: int  # queries
+    keys: tuple[int, ...]  # numbers of pieces: the own one, or the prefix and the own one
+    mask: Tensor | None  # (q,k) True where visible; None = causal over the own piece
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How N tokens attend: their keys in pieces of these lengths, their queries in parts.
+
+    Tensors are split once and not sliced, whose backward pass would fill N zeros for each slice.
+    """
+
+    pieces: tuple[int, ...]
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True)
 class FlatRows:
-    """Where each row stands among the N real tokens of a batch, and which tokens are read."""
+    """The N real tokens of a batch as one row, and which of them are read."""
 
     places: Tensor  # (N,) of the real tokens in (B*T)
-    parts: tuple[Part, ...]
+    pattern: Pattern
     read: Tensor | None = None  # (R,) among the N; None = all
-    read_parts: tuple[Part, ...] = ()
+    reading: Pattern | None = None  # of the R alone, over the keys of all
 
     @classmethod
     def of(cls, tokens: Tokens, scored: Tensor | None) -> FlatRows:
         """From (B,T) tokens; scored: (B,T) True where a state will be read."""
         real = tokens.mask
-        lengths = real.sum(1).tolist()
-        parts, at = [], 0
-        for row, length in enumerate(lengths):
-            if not length:
-                continue
-            own = tokens.segments[row][real[row]]  # (length,)
-            here = slice(at, at + length)
-            at += length
-            parts += _row_parts(own, here)
+        parts: list[Part] = []
+        for row, segments in enumerate(tokens.segments):
+            own = segments[real[row]]  # (length,)
+            if len(own):
+                parts += _row_parts(own, len(parts))
         places = real.flatten().nonzero()[:, 0]
-        rows = cls(places, tuple(parts))
+        pattern = Pattern(tuple(part.length for part in parts), tuple(parts))
         if scored is None:
-            return rows
+            return cls(places, pattern)
         read = scored.flatten()[places].nonzero()[:, 0]
         if len(read) > READ * len(places) or not len(read):
-            return rows
-        return replace(rows, read=read, read_parts=tuple(_reading(parts, read)))
+            return cls(places, pattern)
+        return cls(places, pattern, read, Pattern(pattern.pieces, _reading(parts, read)))
 
 
 def _plain(segments: Tensor) -> bool:
@@ -75,50 +82,45 @@ def _plain(segments: Tensor) -> bool:
     return int(segments.max()) == int(segments[-1]) and len(segments[segments > 0].unique()) <= 1
 
 
-def _row_parts(segments: Tensor, here: slice) -> list[Part]:
+def _row_parts(segments: Tensor, first: int) -> list[Part]:
     """A row at once under its mask, or prefix and samples apart, whichever is less work.
 
     The mask costs T x T; apart, samples do not pay for each other, but each is a call of its own.
+    first: the number of the row's first piece.
     """
     if _plain(segments):
-        return [Part(here, (here,), None)]
-    values, lengths = segments.unique_consecutive(return_counts=True)
-    lengths = lengths.tolist()
+        return [Part(len(segments), (first,), None)]
+    values, counts = segments.unique_consecutive(return_counts=True)
+    lengths = counts.tolist()
     shared = lengths[0] if int(values[0]) == SHARED else 0
     samples = lengths[1:] if shared else lengths
     apart = shared**2 + sum(n * (shared + n) for n in samples) + CALL * len(lengths)
     if len(values.unique()) < len(values) or apart > len(segments) ** 2:
         row = segments[None]
-        return [Part(here, (here,), visible(Tokens(row, row, row), "causal")[0])]
-    prefix = slice(here.start, here.start + shared)
-    parts, at = [Part(prefix, (prefix,), None)] if shared else [], prefix.stop
-    for length in samples:
-        own = slice(at, at + length)
-        at = own.stop
-        if not shared:
-            parts.append(Part(own, (own,), None))
-            continue
+        return [Part(len(segments), (first,), visible(Tokens(row, row, row), "causal")[0])]
+    if not shared:
+        return [Part(length, (first + i,), None) for i, length in enumerate(samples)]
+    parts = [Part(shared, (first,), None)]
+    for number, length in enumerate(samples, start=first + 1):
         mask = torch.ones(length, shared + length, dtype=torch.bool, device=segments.device)
-        parts.append(Part(own, (prefix, own), mask.tril(shared)))
+        parts.append(Part(length, (first, number), mask.tril(shared)))
     return parts
 
 
-def _reading(parts: list[Part], read: Tensor) -> list[Part]:
+def _reading(parts: list[Part], read: Tensor) -> tuple[Part, ...]:
     """The same parts with only the queries that are read; `read` is in ascending order."""
-    found, at = [], 0
-    bounds = torch.tensor([p.queries.stop for p in parts], device=read.device)
-    counts = torch.searchsorted(read, bounds).tolist()
-    for part, stop in zip(parts, counts, strict=True):
+    found, start, at = [], 0, 0
+    bounds = torch.tensor([p.length for p in parts], device=read.device).cumsum(0)
+    for part, stop in zip(parts, torch.searchsorted(read, bounds).tolist(), strict=True):
         if stop > at:
-            inside = read[at:stop] - part.queries.start  # (r,)
-            length = part.queries.stop - part.queries.start
+            inside = read[at:stop] - start  # (r,)
             if part.mask is not None:
                 mask = part.mask[inside]
             else:
-                mask = torch.arange(length, device=read.device) <= inside[:, None]
-            found.append(Part(slice(at, stop), part.keys, mask))
-        at = stop
-    return found
+                mask = torch.arange(part.length, device=read.device) <= inside[:, None]
+            found.append(Part(stop - at, part.keys, mask))
+        start, at = start + part.length, stop
+    return tuple(found)
 
 
 def attend(
@@ -129,10 +131,10 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    rows: tuple[Part, ...] | None = None,
+    rows: Pattern | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The library's attention function: row by row if there are rows, else its own fused one."""
+    """The library's attention function: part by part if there are rows, else its own fused one."""
     if rows is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -142,25 +144,27 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    keys, values = key.split(rows.pieces, 2), value.split(rows.pieces, 2)
+    queries = query.split([part.length for part in rows.parts], 2)
     found = [
         F.scaled_dot_product_attention(
-            query[:, :, part.queries],
-            _pick(key, part.keys),
-            _pick(value, part.keys),
+            own,
+            _join(keys, part.keys),
+            _join(values, part.keys),
             attn_mask=part.mask,
             dropout_p=dropout,
             is_causal=part.mask is None,
             scale=scaling,
         )
-        for part in rows
+        for own, part in zip(queries, rows.parts, strict=True)
     ]
     out = found[0] if len(found) == 1 else torch.cat(found, 2)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _pick(states: Tensor, places: tuple[slice, ...]) -> Tensor:
-    pieces = [states[:, :, place] for place in places]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+def _join(pieces: tuple[Tensor, ...], numbers: tuple[int, ...]) -> Tensor:
+    chosen = [pieces[number] for number in numbers]
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen, 2)
 
 
 def enable(model: PreTrainedModel, last: nn.Module) -> bool:
@@ -239,7 +243,7 @@ def _last_block(
     except _Found as found:
         lent = _Lend(*found.args)
     chosen = {n: _at(v, read.read) for n, v in kwargs.items() if n.startswith("position")}
-    more = {**kwargs, **chosen, cache: lent, "rows": read.read_parts}
+    more = {**kwargs, **chosen, cache: lent, "rows": read.reading}
     out = forward(block, hidden[:, read.read], **more)
     states = out[0] if isinstance(out, tuple) else out  # (1,R,D)
     whole = states.new_zeros(hidden.shape).index_copy(1, read.read, states)

@@ -113,7 +113,7 @@ class LanguageModel(nn.Module):
             attention_mask=embeds.new_zeros(1, 1, 1, 1),  # taken as finished; rows stand for it
             position_ids=tokens.positions.flatten()[rows.places][None],
             use_cache=False,
-            rows=rows.parts,
+            rows=rows.pattern,
             read=rows,
         ).last_hidden_state[0]  # (N,D)
         whole = hidden.new_zeros(tokens.ids.numel(), hidden.shape[-1])
