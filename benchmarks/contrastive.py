@@ -203,7 +203,7 @@ def check(args) -> Result:
     mine = own(theirs)
     expected = peer_step(theirs, args, 0)
     reference = translated({n: p.grad for n, p in theirs.named_parameters()})
-    report: Result = {"loss": float(expected)}
+    report: Result = {"loss": expected.item()}
     for chunk in (0, args.batch // 4):
         mine.zero_grad()
         loss = own_step(mine, args, 0, chunk)
@@ -214,7 +214,7 @@ def check(args) -> Result:
                 gap = (parameter.grad - other).norm() / other.norm().clamp_min(1e-4)
                 worst = max(worst, float(gap))
         key = "chunked" if chunk else "plain"
-        report[f"{key} loss difference"] = abs(float(loss) - float(expected))
+        report[f"{key} loss difference"] = abs(loss.item() - expected.item())
         report[f"{key} gradient difference"] = worst
         report[f"{key} scale gradient"] = float(mine.heads.logit_scale.grad)
         if report[f"{key} loss difference"] > 1e-5 or worst > 1e-3:

@@ -414,11 +414,11 @@ def check(args) -> Result:
             worst = max(
                 worst, float((parameter.grad - other).norm() / other.norm().clamp_min(1e-12))
             )
-    difference = abs(float(loss) - float(theirs))
+    difference = abs(loss.item() - theirs.item())
     if difference > 1e-5 or worst > 1e-4 or not math.isfinite(difference):
         raise SystemExit(f"the losses differ by {difference}, the gradients by {worst}")
     torch.set_grad_enabled(True)
-    return {"loss": float(theirs), "loss_difference": difference, "gradient_difference": worst}
+    return {"loss": theirs.item(), "loss_difference": difference, "gradient_difference": worst}
 
 
 def measure(variant: str, args) -> Result:
