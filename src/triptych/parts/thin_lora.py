@@ -41,6 +41,7 @@ class ThinLinear(Linear):
             and silent
             and frozen
             and alike
+            and not x.is_meta  # a forecast stands in for autocast, which "meta" lacks
             and not torch.is_autocast_enabled(x.device.type)
         )
 
