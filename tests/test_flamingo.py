@@ -120,6 +120,7 @@ def test_closed_gates_leave_the_language_model_as_it_was(make, pictures, kind):
         assert media is not None
         plain = LanguageModel(config=model.language.config.to_dict())
         plain.load_state_dict(model.language.state_dict())
+        plain._flat = False  # gated rows keep their padding, and so the order of sums
         assert torch.equal(model(batch), plain.eval()(embeds, tokens))
 
 

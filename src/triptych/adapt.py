@@ -127,6 +127,8 @@ def add_lora(model: Model, path: str, table: PartsTable, lora: LoraConfig, quant
 
     from peft import inject_adapter_in_model
 
+    from triptych.parts.thin_lora import thin
+
     part = model.get_submodule(path)
     wanted = lora.target_modules
     wanted = {wanted} if isinstance(wanted, str) else set(wanted or ())
@@ -150,6 +152,7 @@ def add_lora(model: Model, path: str, table: PartsTable, lora: LoraConfig, quant
     config = copy(lora)
     config.target_modules = set(names)
     inject_adapter_in_model(config, part)
+    thin(part)
 
 
 def head_names(part: nn.Module) -> set[str]:

@@ -96,7 +96,37 @@ def build_model(cfg: DictConfig, asked: Sequence[str] = (), meta: bool = False) 
     lora = build(cfg.peft.lora) if table.roles("lora") else None
     quantization: Quantization = build(cfg.quantization)
     adapt(model, table, lora, quantization)
+    checkpoint_parts(model, cfg.get("memory", {}).get("checkpoint", []))
     return Adapted(model, table, bases)
+
+
+def checkpoint_parts(model: Model, roles: Sequence[str]) -> None:
+    """Let these parts keep the input of a block alone and compute the rest again in backward."""
+    for role in roles:
+        library = _library_model(model, role, "memory.checkpoint")
+        if not getattr(library, "supports_gradient_checkpointing", False):
+            raise TriptychError(
+                f"memory.checkpoint names '{role}', whose {type(library).__name__} cannot "
+                "recompute its blocks; leave it out."
+            )
+        library.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def compile_parts(model: Model, roles: Sequence[str]) -> None:
+    """Compile these parts by torch.compile, in place: names of tensors stay as they are."""
+    for role in roles:
+        library = _library_model(model, role, "compile")
+        getattr(library, "base_model", library).compile(dynamic=True)
+
+
+def _library_model(model: Model, role: str, key: str) -> Any:
+    library = getattr(getattr(model, role, None), "model", None)
+    if library is None:
+        raise TriptychError(
+            f"{key} names '{role}', which is no library model of this one; it takes some of "
+            f"{', '.join(r for r in model.roles if hasattr(getattr(model, r), 'model'))}."
+        )
+    return library
 
 
 def build_optim(cfg: DictConfig) -> Optim:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import DictConfig
@@ -21,6 +22,9 @@ from triptych.models.base import Model
 from triptych.models.fusion import IMAGE
 from triptych.objectives.base import Objective
 from triptych.types import IGNORE, PAD, SHARED, Batch, ImageFeatures, Images, Tokens
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 GIB = 2**30
 ROWS = 512  # rows of the data among which the largest batch is looked for
@@ -93,8 +97,10 @@ def dry_run(cfg: DictConfig, overrides: Sequence[str]) -> Forecast:
     return forecast(cfg, adapted, batch, precision)
 
 
-def before_run(cfg: DictConfig, data: DataModule, precision: str) -> str:
+def before_run(cfg: DictConfig, data: DataModule, trainer: pl.Trainer) -> str:
     """The forecast of a run with its data, as text: the longest rows stand for its largest batch.
+
+    A batch that would not fit is split here into micro-batches that make the same step.
 
     Called when the feature cache is filled, whose features then stand for the pixels. The peak is
     of tensors; on Linux the process keeps freed blocks beside them (`hardware.keep_memory`), so its
@@ -102,13 +108,21 @@ def before_run(cfg: DictConfig, data: DataModule, precision: str) -> str:
     """
     with torch.random.fork_rng(devices=[]):
         try:
-            adapted = build_model(cfg, meta=True)
-            return forecast(cfg, adapted, largest(data), precision).text()
+            from triptych.micro_batch import split_to_fit
+
+            found, note = split_to_fit(cfg, build_model(cfg, meta=True), trainer, data)
+            return found.text() + (f"\n{note}" if note else "")
         except Exception as error:  # a part that cannot be built on "meta" still trains
             return f"memory forecast: not possible ({' '.join(str(error).split())[:200]})"
 
 
-def forecast(cfg: DictConfig, adapted: Adapted, batch: Batch, precision: str) -> Forecast:
+def forecast(
+    cfg: DictConfig,
+    adapted: Adapted,
+    batch: Batch,
+    precision: str,
+    accumulate: int | None = None,
+) -> Forecast:
     """Run one step of an adapted model, built on "meta", and count.
 
     Over a quantized base it is the unquantized model that runs, and the stored sizes are counted;
@@ -127,7 +141,7 @@ def forecast(cfg: DictConfig, adapted: Adapted, batch: Batch, precision: str) ->
     tokens = _image_tokens(model)
     result = Forecast(parts, _words(batch), tokens)
     optimizer = build_optim(cfg).build(model)
-    accumulate = cfg.trainer.accumulate_grad_batches > 1
+    accumulate = (accumulate or cfg.trainer.accumulate_grad_batches) > 1
     try:
         result.activations, peak = step(model, objective, batch, low, accumulate)
         held, stepping = optimizer_bytes(model, optimizer)

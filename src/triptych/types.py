@@ -37,16 +37,19 @@ class ImageRef:
 
     `key` is the hash of the content, so that equal images are encoded once. `load` returns the
     RGB picture; `name` is what messages call it (a path, or "shapes/train/17"). `boxes` are known
-    objects, (left, top, right, bottom) as shares of the picture.
+    objects, (left, top, right, bottom) as shares of the picture. `drafts`: load takes `draft`, the
+    pixels its shorter side must keep, and may decode a JPEG that much smaller.
     """
 
     key: str
     load: Callable[[], Image]
     name: str = ""
     boxes: tuple[tuple[float, float, float, float], ...] = ()
+    drafts: bool = False
 
-    def open(self) -> Image:
-        return self.load()
+    def open(self, draft: int | None = None) -> Image:
+        """The picture; `draft` pixels of its shorter side are enough for who asks."""
+        return self.load(draft=draft) if draft and self.drafts else self.load()
 
     @classmethod
     def from_file(cls, path: str | Path, root: str | Path | None = None) -> ImageRef:
@@ -58,7 +61,7 @@ class ImageRef:
             raise DataError(f"image '{path}' does not exist; check the path and data.images.")
         with open(path, "rb") as file:
             key = hashlib.file_digest(file, "sha1").hexdigest()
-        return cls(key=key, load=partial(open_image, path), name=str(path))
+        return cls(key=key, load=partial(open_image, path), name=str(path), drafts=True)
 
     @classmethod
     def from_picture(cls, picture: Image, name: str = "picture") -> ImageRef:

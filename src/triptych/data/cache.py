@@ -33,6 +33,7 @@ class FeatureCache:
             "config": encoder.config.to_dict(),
             "layer": encoder.layer,
             "select": encoder.select,
+            "tokens": not getattr(encoder, "pooled_only", False),
             "transform": vars(encoder.transform),
             "dtype": str(encoder.model.dtype),
             "attention": encoder.model.config._attn_implementation,
@@ -114,7 +115,7 @@ class FeatureCache:
     def _pixels(self, refs: list[ImageRef]) -> Iterator[tuple[int, torch.Tensor]]:
         """Batches of one shape; the last is filled up with zeros."""
         for start in range(0, len(refs), BATCH):
-            pictures = [self.encoder.transform(r.open()) for r in refs[start : start + BATCH]]
+            pictures = [self.encoder.transform.read(r) for r in refs[start : start + BATCH]]
             pixels = torch.stack(pictures)
             short = BATCH - len(pixels)
             yield start, torch.cat([pixels, pixels.new_zeros(short, *pixels.shape[1:])])

@@ -86,12 +86,18 @@ class DataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """Where the data stands: the epoch, and its batches already used."""
-        used = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return {"epoch": self.trainer.current_epoch, "batch": used}
+        loop = self.trainer.fit_loop
+        used = loop.epoch_loop.batch_progress.current.ready
+        size = self.batch_size
+        return {"epoch": self.trainer.current_epoch, "batch": used, "batch_size": size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue an interrupted epoch behind the batches it has already used."""
-        self._resume = (state["epoch"], state["batch"])
+        """Continue an interrupted epoch behind the batches it has already used.
+
+        They may have been of another size: memory decides into how many a step is split.
+        """
+        used = state["batch"] * state.get("batch_size", self.batch_size)
+        self._resume = (state["epoch"], used // self.batch_size)
 
 
 class Windows:

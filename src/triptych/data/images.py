@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from pathlib import Path
 
@@ -10,14 +11,19 @@ from PIL import Image, ImageOps
 
 from triptych.types import DataError
 
+ORIENTATION = 0x0112  # the EXIF tag of how the camera was held
 MAX_PIXELS = 64_000_000  # an 8000 x 8000 picture; below the size at which Pillow itself warns
 
 
-def open_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    source: str | Path | bytes, max_pixels: int = MAX_PIXELS, draft: int | None = None
+) -> Image.Image:
     """Decode a whole picture to RGB, upright, or say in a DataError what is wrong with it.
 
-    `source` is a path or the file's bytes. Only the first frame of an animation is read. Decoding
-    ends here, never later in a worker: a truncated file fails now and by name.
+    `source` is a path or the file's bytes. draft: the shorter side's pixels that are enough; a
+    JPEG of twice that or more is decoded at a half, a quarter or an eighth of its size. Only the
+    first frame of an animation is read. Decoding ends here, never later in a worker: a truncated
+    file fails now and by name.
     """
     name = f"image of {len(source)} bytes" if isinstance(source, bytes) else f"image '{source}'"
     file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -35,7 +41,12 @@ def open_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Imag
         if picture.width * picture.height > max_pixels:  # known from the header, before decoding
             raise DataError(_too_large(name, max_pixels))
         try:
+            if draft and picture.format == "JPEG":
+                part = draft / min(picture.size)
+                picture.draft("RGB", tuple(math.ceil(side * part) for side in picture.size))
             picture.load()
+            if picture.getexif().get(ORIENTATION, 1) == 1 and picture.mode == "RGB":
+                return picture.copy()
             return _to_rgb(ImageOps.exif_transpose(picture))
         except Exception as error:
             raise DataError(_unreadable(name, error)) from None

@@ -39,10 +39,6 @@ class PairProcessor:
     def rows(self, rows: Sequence[Sequence[Sample]]) -> Batch:
         return self.collate([sample for row in rows for sample in row])
 
-    def encode(self, texts: list[str], max_length: int | None = None) -> Tokens:
-        """Texts alone, to be embedded."""
-        return self.part.encode(texts, max_length)
-
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """A training batch."""
         images, slots = self._pictures(samples)

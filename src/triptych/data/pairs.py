@@ -69,10 +69,12 @@ class Captions(Sequence[Sample]):
         source, caption = self.pairs[index]
         name = self.clusters[index]
         if isinstance(source, bytes):
-            ref = ImageRef(_key(source), partial(open_image, source), name)
+            ref = ImageRef(_key(source), partial(open_image, source), name, drafts=True)
         else:
             path = self._locate(index)
-            ref = ImageRef(ImageRef.from_file(path).key, partial(open_image, path), name)
+            ref = ImageRef(
+                ImageRef.from_file(path).key, partial(open_image, path), name, drafts=True
+            )
         return _pair(ref, caption, f"{self.path.stem}/{index}", name, self.path.stem)
 
     def _locate(self, index: int) -> Path:
@@ -130,7 +132,7 @@ class ImageFolder(Sequence[Sample]):
         index = range(len(self.files))[index]
         (file, label), name = self.files[index], self.clusters[index]
         path = resolve_inside(file.resolve(), self.root)
-        ref = ImageRef(ImageRef.from_file(path).key, partial(open_image, path), name)
+        ref = ImageRef(ImageRef.from_file(path).key, partial(open_image, path), name, drafts=True)
         sample = _pair(ref, self.template.format(self.classes[label]), name, name, self.root.name)
         sample.target, sample.candidates = self.classes[label], self.classes
         return sample

@@ -32,6 +32,8 @@ from triptych.types import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from triptych.data.pixels import PixelCache
+
 Features = Callable[[list[ImageRef]], ImageFeatures]
 
 
@@ -55,6 +57,7 @@ class ImageLoader:
     def __init__(self, transform: ImageTransform) -> None:
         self.transform = transform
         self.cached: Features | None = None
+        self.pixels: PixelCache | None = None
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[Images | None, dict[str, int]]:
         """The batch's images and where each key stands among them."""
@@ -68,12 +71,15 @@ class ImageLoader:
         if self.cached is not None:
             features = self.cached([ref for ref, _ in first.values()])
             return Images(list(index), features=features), index
-        pixels = torch.stack([self._pixels(ref, sample) for ref, sample in first.values()])
+        pixels = torch.stack([self._read(ref, sample) for ref, sample in first.values()])
         return Images(list(index), pixels=pixels), index
 
-    def _pixels(self, ref: ImageRef, sample: Sample) -> Tensor:
+    def _read(self, ref: ImageRef, sample: Sample) -> Tensor:
+        known = self.pixels.get(ref.key) if self.pixels is not None else None
+        if known is not None:
+            return known
         try:
-            return self.transform(ref.open())
+            return self.transform.read(ref)
         except DataError as error:
             raise DataError(f"sample '{sample.id}': {error}") from error
 
@@ -90,7 +96,7 @@ class ChatProcessor:
     images: ImageLoader
     placeholders: int
     max_length: int = 2048
-    _cache: dict[tuple[str, str], Encoded] = field(default_factory=dict, repr=False)
+    _cache: dict[tuple, Encoded] = field(default_factory=dict, repr=False)
 
     def rows(self, rows: Sequence[Sequence[Sample]]) -> Batch:
         """A training batch: each row's samples packed behind their shared image."""
@@ -131,7 +137,8 @@ class ChatProcessor:
 
     def encode(self, sample: Sample) -> Encoded:
         """Ids and labels of a sample; remembered, since an epoch asks again."""
-        key = (sample.id, sample.text)  # ids repeat between sources
+        rule = (self.tokenizer.chat_template, self.placeholders, self.max_length)
+        key = (sample.id, sample.text, hash(rule))  # ids repeat between sources
         known = self._cache.get(key)
         if known is not None:
             return known

@@ -70,7 +70,9 @@ class EasyVQA(Sequence[Sample]):
         if image not in self._refs:
             file = self._files[image]
             ref = ImageRef.from_file(file)
-            self._refs[image] = ImageRef(ref.key, partial(open_image, file), self._name(image))
+            self._refs[image] = ImageRef(
+                ref.key, partial(open_image, file), self._name(image), drafts=True
+            )
         return self._refs[image]
 
 
@@ -160,7 +162,9 @@ class Instructions(Sequence[Sample]):
 
     def _image(self, name: str, where: str) -> ImageRef:
         path = self._locate(name, where)
-        return ImageRef(ImageRef.from_file(path).key, partial(_open_for, path, where), name)
+        return ImageRef(
+            ImageRef.from_file(path).key, partial(_open_for, path, where), name, drafts=True
+        )
 
 
 _LAYOUT = ("id", "messages", "conversations", "text", "image", "images", "candidates")
@@ -181,8 +185,8 @@ def _answer_type(answer: str) -> str:
     return "color" if answer in COLORS else "shape"
 
 
-def _open_for(path: Path, where: str) -> Image:
+def _open_for(path: Path, where: str, draft: int | None = None) -> Image:
     try:
-        return open_image(path)
+        return open_image(path, draft=draft)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None

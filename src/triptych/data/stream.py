@@ -244,15 +244,15 @@ def _sample(row: dict[str, Any], caption: str) -> Sample:
         raise DataError(
             f"sample '{name}' lacks an image or a caption (.txt, or .json '{caption}')."
         )
-    ref = ImageRef(hashlib.sha1(image).hexdigest(), partial(_open, image, name), name)
+    ref = ImageRef(hashlib.sha1(image).hexdigest(), partial(_open, image, name), name, drafts=True)
     text = " ".join(words.decode("utf-8", "replace").split())
     messages = [user("", images=1), assistant(text)]
     return Sample(messages, [ref], id=name, cluster=ref.key, source="webdataset")
 
 
-def _open(data: bytes, name: str) -> Any:
+def _open(data: bytes, name: str, draft: int | None = None) -> Any:
     try:
-        return open_image(data)
+        return open_image(data, draft=draft)
     except DataError as error:
         raise DataError(f"sample '{name}': {error}") from None
 

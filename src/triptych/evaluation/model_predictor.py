@@ -211,7 +211,7 @@ class ModelPredictor:
         with _evaluating(self.model):
             for start in range(0, len(refs), self.batch_size):
                 some = refs[start : start + self.batch_size]
-                pixels = torch.stack([transform(ref.open()) for ref in some])
+                pixels = torch.stack([transform.read(ref) for ref in some])
                 images = Images([ref.key for ref in some], pixels).to(self.device)
                 parts.append(run(images).float().cpu())
                 self.vision_calls += len(some)

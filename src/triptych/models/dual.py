@@ -19,6 +19,8 @@ from triptych.parts.vision import VisionEncoder
 from triptych.types import Batch, ImageFeatures, Images, Tokens, TriptychError
 
 Projection = Literal["linear", "mlp", "identity"]
+GROUP, GROUPS = 32, 4  # captions of like length: at least so many run together, in so many groups
+FULL = 0.9  # share of words above which padding is not worth sorting for
 Part = TypeVar("Part", Images, Tokens)
 
 
@@ -85,6 +87,8 @@ class DualEncoder(Model):
         self.heads = heads(vision, text)
         if vision.layer == -1:
             vision.unused = vision.unreached(self.heads.pool.reads)
+            if self.heads.pool.reads == "pooled":
+                vision.read_pooled()
         text.unused = text.unreached()
         if weights is not None and torch.get_default_device().type != "meta":
             from triptych.interop.dual import load_official
@@ -102,7 +106,7 @@ class DualEncoder(Model):
 
     def embed_texts(self, tokens: Tokens, chunk: int = 0) -> Tensor:
         """(B,E) of unit norm; `chunk` rows at a time keep their activations (0 = all)."""
-        return F.normalize(self.heads.text(_in_chunks(self.text, tokens, chunk)), dim=-1)
+        return F.normalize(self.heads.text(_by_length(self.text, tokens, chunk)), dim=-1)
 
     def image_vectors(self, images: Images) -> Tensor:
         """(U,D) pooled vectors before the head: what a linear probe reads."""
@@ -126,7 +130,9 @@ class DualEncoder(Model):
             self.heads.logit_scale.clamp_(max=math.log(self.heads.max_scale))
 
 
-def _in_chunks(run: Callable[[Part], Tensor], whole: Part, chunk: int) -> Tensor:
+def _in_chunks(
+    run: Callable[[Part], Tensor], whole: Part, chunk: int, recompute: bool = False
+) -> Tensor:
     """`run` over slices whose activations are computed again in the backward pass.
 
     Memory follows the chunk; dropout is replayed, so gradients equal those of one batch. Automatic
@@ -134,11 +140,32 @@ def _in_chunks(run: Callable[[Part], Tensor], whole: Part, chunk: int) -> Tensor
     """
     size = len(whole) if isinstance(whole, Images) else len(whole.ids)
     cached = isinstance(whole, Images) and whole.pixels is None
+    if recompute and size <= chunk:  # one chunk of several
+        return checkpoint(run, whole, use_reentrant=False)
     if not chunk or size <= chunk or cached:
         return run(whole)
     parts = (slice(at, at + chunk) for at in range(0, size, chunk))
     pieces = _images(whole, parts) if isinstance(whole, Images) else _rows(whole, parts)
     return torch.cat([checkpoint(run, piece, use_reentrant=False) for piece in pieces])
+
+
+def _by_length(run: Callable[[Tokens], Tensor], tokens: Tokens, chunk: int) -> Tensor:
+    """Captions of like length run together, trimmed to the longest of them; the order stays.
+
+    The batch is what it was, so no sample meets other negatives. Not worth it for few rows, or
+    where nearly all of the batch is words.
+    """
+    lengths, (rows, width) = tokens.mask.sum(1), tokens.ids.shape
+    size = chunk or max(GROUP, -(-rows // GROUPS))
+    if rows <= size or int(lengths.sum()) > FULL * rows * width:
+        return _in_chunks(run, tokens, chunk)
+    order = lengths.argsort(stable=True)
+    pieces = []
+    for group in order.split(size):
+        longest = int(lengths[group].max())
+        fields = (None if v is None else v[group, :longest] for v in vars(tokens).values())
+        pieces.append(_in_chunks(run, Tokens(*fields), chunk, recompute=bool(chunk)))
+    return torch.cat(pieces)[order.argsort()]
 
 
 def _images(images: Images, parts: Iterator[slice]) -> Iterator[Images]:

@@ -90,7 +90,7 @@ class FusionEncoder(Model):
         """(pairs,2): the match head on each state that read the pair, averaged."""
         return self.heads.match(self.connector.ground(states, real, tokens)).mean(1)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, scored: Tensor | None = None) -> Tensor:
         """States (B,T,D) of text["decoder"], over the image or over text["question"] beside it."""
         states, real = self._rows(batch)
         question = batch.text.get("question")

@@ -113,7 +113,7 @@ class HostedVLM(Model):
         self._checked = False
         self._stop: int | None = None  # the tokenizer's own end, known with the processor
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, scored: Tensor | None = None) -> Tensor:
         """Hidden states (B,T,D), as the class gives them to its head."""
         with passing(self.language.head) as seen:
             out = self.library(**self.inputs(batch), use_cache=False)

@@ -21,10 +21,10 @@ class LanguageOnly(Model):
         super().__init__()
         self.language = language
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, scored: Tensor | None = None) -> Tensor:
         """Hidden states (B,T,D)."""
         tokens = batch.text["language"]
-        return self.language(self.language.embed(tokens), tokens)
+        return self.language(self.language.embed(tokens), tokens, scored=scored)
 
     @torch.inference_mode()
     def generate(self, batch: Batch, **decoding: Any) -> Tensor:

@@ -50,15 +50,19 @@ class VLM(Model):
         self.fusion.attach(language, getattr(self.connector, "out_dim", language.dim))
         self.heads = heads and heads(language.dim)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Hidden states (B,T,D) of the language rows, or of the decoder's if it has one."""
+    def forward(self, batch: Batch, scored: Tensor | None = None) -> Tensor:
+        """Hidden states (B,T,D) of the language rows, or of the decoder's if it has one.
+
+        scored: (B,T) True where states are read; elsewhere they mean nothing.
+        """
         tokens = batch.text["language"]
         embeds = self.language.embed(tokens)  # (B,T,D)
         media = None
         if batch.slots is not None and len(batch.slots):
             visual = self.visual(batch)  # (sum Q, D), one entry a slot
             embeds, media = self.fusion(embeds, visual, batch)
-        return self.language(embeds, tokens, media=media, decoder=batch.text.get("decoder"))
+        decoder = batch.text.get("decoder")
+        return self.language(embeds, tokens, media=media, decoder=decoder, scored=scored)
 
     def visual(self, batch: Batch) -> VisualTokens:
         """Encode the U distinct images once and spread them over the S slots."""

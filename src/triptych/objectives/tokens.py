@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from triptych.objectives.base import Objective
+from triptych.objectives.fused_head import fused_nll
 from triptych.parts.attention import predecessors
 from triptych.types import IGNORE, Batch, Term, Tokens, TriptychError
 
@@ -36,19 +37,25 @@ class NextToken(Objective):
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         tokens = written(batch)
-        hidden = model(batch)  # (B,T,D)
         rows, columns = (tokens.labels != IGNORE).nonzero(as_tuple=True)  # (N,)
         before = predecessors(tokens)[rows, columns]  # the one shift of labels
+        read = torch.zeros_like(tokens.mask).index_put((rows, before), tokens.mask.new_ones(()))
+        hidden = model(batch, scored=read)  # (B,T,D)
         scored, labels = hidden[rows, before], tokens.labels[rows, columns]  # (N,D), (N,)
         if not self.weights:
-            return {"next_token": Term(chunked_nll(model.logits, scored, labels, self.chunk))}
+            return {"next_token": Term(self._nll(model, scored, labels))}
         source = self._sources(batch)[owners(tokens)[rows, columns]]  # (N,)
         terms = {}
         for i, (name, weight) in enumerate(self.weights.items()):
             own = source == i
-            nll = chunked_nll(model.logits, scored[own], labels[own], self.chunk)
+            nll = self._nll(model, scored[own], labels[own])
             terms[f"next_token/{name}"] = Term(nll, weight)
         return terms
+
+    def _nll(self, model: nn.Module, scored: Tensor, labels: Tensor) -> Tensor:
+        """() the sum over (N,D) states: the fused kernel where there is one, else in chunks."""
+        nll = fused_nll(model, scored, labels)
+        return chunked_nll(model.logits, scored, labels, self.chunk) if nll is None else nll
 
     def _sources(self, batch: Batch) -> Tensor:
         """The place in `weights` of each sample's data set."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from triptych.parts import flat_rows
 from triptych.parts.attention import additive_mask
 from triptych.parts.pretrained import load_model, origin, read_config, resolve
 from triptych.types import SHARED, Tokens, TriptychError
@@ -44,6 +45,7 @@ class LanguageModel(nn.Module):
         self.config = read_config(config, weights, "text_config")
         auto = getattr(transformers, self.auto)
         self.model = load_model(auto, self.config, weights, revision, implementation, dtype)
+        self._flat = flat_rows.enable(self.model, self.blocks[-1])
         self._tokenizer, self._template, self._revision = tokenizer or weights, template, revision
         self.unused: tuple[str, ...] = ()
 
@@ -81,12 +83,20 @@ class LanguageModel(nn.Module):
         return self.model.get_input_embeddings()(tokens.ids.clamp_min(0))
 
     def forward(
-        self, embeds: Tensor, tokens: Tokens, media: Any = None, decoder: Tokens | None = None
+        self,
+        embeds: Tensor,
+        tokens: Tokens,
+        media: Any = None,
+        decoder: Tokens | None = None,
+        scored: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B,T,D) after the final norm; segments never see each other.
 
-        media: what a gated fusion shows to the blocks it is attached to.
+        media: what a gated fusion shows to the blocks it is attached to. scored: (B,T) True where
+        states are read; elsewhere they need not be computed and mean nothing.
         """
+        if self._flat and media is None and flat_rows.fits(self.config, tokens):
+            return self._without_padding(embeds, tokens, scored)
         return self.model.base_model(
             inputs_embeds=embeds,
             attention_mask=additive_mask(tokens, self.attention, embeds.dtype),
@@ -94,6 +104,20 @@ class LanguageModel(nn.Module):
             use_cache=False,
             **({} if media is None else {"media": media}),
         ).last_hidden_state
+
+    def _without_padding(self, embeds: Tensor, tokens: Tokens, scored: Tensor | None) -> Tensor:
+        """The same over the real tokens alone, laid behind each other as one row (1,N,D)."""
+        rows = flat_rows.FlatRows.of(tokens, scored)
+        hidden = self.model.base_model(
+            inputs_embeds=embeds.flatten(0, 1)[rows.places][None],
+            attention_mask=embeds.new_zeros(1, 1, 1, 1),  # taken as finished; rows stand for it
+            position_ids=tokens.positions.flatten()[rows.places][None],
+            use_cache=False,
+            rows=rows.pattern,
+            read=rows,
+        ).last_hidden_state[0]  # (N,D)
+        whole = hidden.new_zeros(tokens.ids.numel(), hidden.shape[-1])
+        return whole.index_copy(0, rows.places, hidden).view(*tokens.ids.shape, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(...,V) from (...,D): the head with the scale and cap its config states."""

@@ -57,7 +57,12 @@ class MaskedLanguageModel(LanguageModel):
         )
 
     def forward(
-        self, embeds: Tensor, tokens: Tokens, media: Any = None, decoder: Tokens | None = None
+        self,
+        embeds: Tensor,
+        tokens: Tokens,
+        media: Any = None,
+        decoder: Tokens | None = None,
+        scored: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B,T,D); every token of a segment sees all others."""
         return self.model.base_model.encoder(

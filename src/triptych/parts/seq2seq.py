@@ -26,7 +26,12 @@ class Seq2SeqModel(LanguageModel):
         return self.config.decoder_start_token_id
 
     def forward(
-        self, embeds: Tensor, tokens: Tokens, media: Any = None, decoder: Tokens | None = None
+        self,
+        embeds: Tensor,
+        tokens: Tokens,
+        media: Any = None,
+        decoder: Tokens | None = None,
+        scored: Tensor | None = None,
     ) -> Tensor:
         """Decoder states (B,T,D) after its final norm."""
         read = self.model.get_encoder()(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from triptych.parts import pooled_block
 from triptych.parts.language import load_tokenizer
 from triptych.parts.pretrained import load_model, read_config, unreached
 from triptych.types import Tokens, TriptychError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+CAUSAL = ("clip_text_model",)  # towers whose tokens look backwards only
 LIMIT = 512  # tokens of a caption where neither tower nor tokenizer states a limit
 
 
@@ -63,6 +65,8 @@ class TextEncoder(nn.Module):
         self.pooling, self.padding = pooling, padding
         self.max_length = max_length or getattr(self.config, "max_position_embeddings", LIMIT)
         self.unused: tuple[str, ...] = ()
+        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
+        self._one_token = pooled_block.enable(max(lists, key=len, default=None))
 
     @cached_property
     def dim(self) -> int:
@@ -83,13 +87,31 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """(B,D) from (B,T) captions padded on the right."""
-        return self._pooled(self.model, tokens.ids, tokens.mask)
+        read = self._read(tokens.ids, tokens.mask) if self._one_token else None
+        return self._pooled(self.model, tokens.ids, tokens.mask, read)
 
-    def _pooled(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        seen = mask.long()
+    def _read(self, ids: Tensor, mask: Tensor) -> Tensor | None:
+        """(B,) the token that the pooling looks at, as the tower finds it; None = it reads more."""
+        if self.pooling == "last":
+            return mask.sum(1) - 1
+        if self.pooling == "first":
+            return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        if self.pooling == "model" and self.config.model_type == "clip_text_model":
+            end = self.config.eos_token_id  # 2 stands for "the highest id" in old checkpoints
+            return ids.argmax(1) if end == 2 else (ids == end).int().argmax(1)
+        if self.pooling == "model" and self.config.model_type == "siglip_text_model":
+            return torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
+        return None
+
+    def _pooled(
+        self, model: nn.Module, ids: Tensor, mask: Tensor, read: Tensor | None = None
+    ) -> Tensor:
+        seen: Tensor | None = mask.long()
         if ids.is_meta:  # the library looks into a mask of two dimensions, which "meta" cannot
             seen = torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1])
-        out = model(input_ids=ids, attention_mask=seen)
+        elif self.config.model_type in CAUSAL:
+            seen = None  # padding stands behind every word, where no word looks
+        out = model(input_ids=ids, attention_mask=seen, **({} if read is None else {"read": read}))
         if self.pooling == "model":
             if getattr(out, "pooler_output", None) is None:
                 raise TriptychError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from triptych.data.transforms import ImageTransform
+from triptych.parts import pooled_block
 from triptych.parts.pretrained import load_model, read_config, unreached
 from triptych.types import ImageFeatures, Images, TriptychError
 
@@ -61,10 +62,19 @@ class VisionEncoder(nn.Module):
         grid, special, self.dim = self._probe(self.transform.size)
         self.grid, self.special = grid, special if select == "patch" else 0
         self.unused = self._skip_unreached()
+        self.pooled_only = False
+
+    def read_pooled(self) -> None:
+        """Say that only the pooled output is read: a class token's last block then runs for it
+        alone, and the other tokens mean nothing."""
+        blocks = _blocks(self.model)
+        class_token = self.config.model_type == "clip_vision_model" and self.layer == -1
+        self.pooled_only = class_token and pooled_block.enable(blocks and blocks[1])
 
     def forward(self, images: Images) -> ImageFeatures:
         pixels = self.transform.normalize(images.pixels).to(self.model.dtype)  # (U,3,H,W)
-        out = self.model(pixel_values=pixels, output_hidden_states=True)
+        one = {"read": pixels.new_zeros(len(pixels), dtype=torch.long)} if self.pooled_only else {}
+        out = self.model(pixel_values=pixels, output_hidden_states=True, **one)
         hidden = _flat(out.hidden_states[self.layer])[:, self.special :]  # (U,P,D)
         counts = torch.full((len(hidden),), hidden.shape[1], device=hidden.device)
         pooled = getattr(out, "pooler_output", None) if self.layer == -1 else None
