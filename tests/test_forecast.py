@@ -69,7 +69,7 @@ def test_activations_are_what_a_real_step_saves(compose, peft):
 
 
 def test_stored_sizes_of_a_quantized_base(compose):
-    cfg = compose("peft=qlora", "quantization.double=false")
+    cfg = compose("peft=qlora", "quantization.double=false", "peft.lora.r=16")
     model = build_model(cfg).model
     real = 0
     for parameter in model.language.parameters():

@@ -16,7 +16,7 @@ from triptych.types import Sample, TriptychError
 
 
 class ChoiceBenchmark(AnswerBenchmark):
-    """Accuracy of chosen options; `Sample.tags` are its slices.
+    """Accuracy of chosen options; `meta["slices"]` are its slices.
 
     samples: options in `candidates`, the right one as `target`. Accepted scorers: the likelihood of
     the letters, generation under lettered options, read by `rule` of `parse_choice`, and the
@@ -64,7 +64,7 @@ class ChoiceBenchmark(AnswerBenchmark):
             "correct": float(right),
             "parser": f"parse_choice/{self.rule}",
             "slice": "",
-            "tags": list(sample.tags),
+            "tags": list(sample.meta.get("slices", ())),
             **({"scores": outcome.scores} if outcome.scores else {}),
         }
 

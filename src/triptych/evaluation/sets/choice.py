@@ -18,7 +18,7 @@ class ScienceQA(Rows):
     """`problems.json` and `pid_splits.json`, images at SPLIT/ID/image.png below `images`.
 
     A table with a row a question (parquet, `datasets:NAME`) is given as `problems` alone. Two of
-    five questions have no picture: they are asked too, as in the published number. tags: the
+    five questions have no picture: they are asked too, as in the published number. slices: the
     paper's NAT SOC LAN, TXT IMG NO (what stands beside the question), G1-6 G7-12.
     """
 
@@ -60,10 +60,9 @@ class ScienceQA(Rows):
             [user(str(field(row, ["question"], name)), images=int(shown)), assistant(answer)],
             target=answer,
             candidates=options,
-            tags=[tag for tag in tags if tag],
             id=name,
             source="scienceqa",
-            meta=meta,
+            meta=meta | {"slices": [tag for tag in tags if tag]},
         )
 
     def picture(self, index: int) -> tuple[Any, str]:
@@ -116,11 +115,14 @@ class MMBench(Rows):
             [user(str(field(row, ["question"], name)), images=1), assistant(answer)],
             target=answer,
             candidates=list(options.values()),
-            tags=[str(row["category"])] if row.get("category") else [],
             id=name,
             group=str(question),
             source="mmbench",
-            meta={"hint": "" if hint == "nan" else hint, "rotation": turn},
+            meta={
+                "hint": "" if hint == "nan" else hint,
+                "rotation": turn,
+                "slices": [str(row["category"])] if row.get("category") else [],
+            },
         )
 
     def picture(self, index: int) -> tuple[Any, str]:
