@@ -218,8 +218,7 @@ def use_cache(cfg: DictConfig, adapted: Adapted, data: DataModule) -> None:
         use_pixel_cache(cfg, data)
         return
     cache = FeatureCache(cache_dir() / "features", vision, adapted.bases["vision"])
-    cache_room.mark_used(cache.folder)
-    cache_room.keep(cache_dir(), cfg.cache.keep_gb, but=cache.folder)
+    cache_room.make_room(cache_dir(), cfg.cache.keep_gb, used=cache.folder)
     refs = data.references()
     if refs is None:
         print("Training images come as a stream; their features are not cached.")
@@ -240,8 +239,7 @@ def use_pixel_cache(cfg: DictConfig, data: DataModule) -> None:
     cache = PixelCache(cache_dir() / "pixels", transform)
     if len(data.reader) * cache.item_bytes > cfg.cache.limit_gb * 2**30:
         return  # not even looked at: millions of files would be read to count their images
-    cache_room.mark_used(cache.folder)
-    cache_room.keep(cache_dir(), cfg.cache.keep_gb, but=cache.folder)
+    cache_room.make_room(cache_dir(), cfg.cache.keep_gb, used=cache.folder)
     if cache.fill(refs, cfg.cache.limit_gb):
         data.processor.images.pixels = cache
 

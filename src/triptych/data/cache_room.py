@@ -37,10 +37,11 @@ def cache_sets(folder: Path) -> list[CacheSet]:
     return sorted(found, key=lambda one: one.used)
 
 
-def mark_used(path: Path) -> None:
-    """Say that a set is in use, so that it is removed last."""
-    if path.is_dir():
-        os.utime(path)
+def make_room(folder: Path, limit_gb: float, used: Path) -> None:
+    """Keep the caches below limit_gb; the set in use stays, and is the last to go later."""
+    if used.is_dir():
+        os.utime(used)
+    keep(folder, limit_gb, but=used)
 
 
 def keep(folder: Path, limit_gb: float, but: Path | None = None) -> int:
