@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from triptych.options import read_options
 from triptych.types import TriptychError
 
 if TYPE_CHECKING:
@@ -131,12 +132,7 @@ def _gradio() -> Any:
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
-    options = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or name not in OPTIONS:
-            raise TriptychError(f"'{word}' is no option; use {', '.join(f'{o}=' for o in OPTIONS)}")
-        options[name] = value
+    options = read_options(words, OPTIONS)
     if "run" not in options:
         raise TriptychError("run= is missing: give a run, a preset, or hf:ID_OR_FOLDER.")
     if not options.get("port", "1").isdigit():

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from triptych.options import read_options
 from triptych.types import TriptychError
 
 OPTIONS = ("run", "images", "out", "prompts", "count", "failures", "max_new_tokens")
@@ -88,12 +89,7 @@ def _headlines(folder: Path) -> dict[str, str]:
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
-    options = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or name not in OPTIONS:
-            raise TriptychError(f"'{word}' is no option; use {', '.join(f'{o}=' for o in OPTIONS)}")
-        options[name] = value
+    options = read_options(words, OPTIONS)
     for name in ("run", "images"):
         if name not in options:
             raise TriptychError(f"{name}= is missing: give run=DIR images=FOLDER.")
