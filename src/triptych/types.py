@@ -69,7 +69,12 @@ class ImageRef:
         buffer = io.BytesIO()
         picture = picture.convert("RGB")
         picture.save(buffer, format="BMP")
-        return cls(hashlib.sha1(buffer.getvalue()).hexdigest(), picture.copy, name)
+        return cls(content_key(buffer.getvalue()), picture.copy, name)
+
+
+def content_key(data: bytes) -> str:
+    """The key of an image from its bytes, the same whichever reader found them."""
+    return hashlib.sha1(data).hexdigest()
 
 
 @dataclass

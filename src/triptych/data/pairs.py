@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from triptych.data.images import open_image, resolve_inside
 from triptych.data.json_rows import MAX_JSON, JsonLines
-from triptych.types import DataError, ImageRef, Sample, assistant, user
+from triptych.types import DataError, ImageRef, Sample, assistant, content_key, user
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Pair = tuple[Any, str]  # a path below the image folder, or a picture's bytes, and its caption
@@ -69,12 +70,10 @@ class Captions(Sequence[Sample]):
         source, caption = self.pairs[index]
         name = self.clusters[index]
         if isinstance(source, bytes):
-            ref = ImageRef(_key(source), partial(open_image, source), name, drafts=True)
+            ref = ImageRef(content_key(source), partial(open_image, source), name, drafts=True)
         else:
             path = self._locate(index)
-            ref = ImageRef(
-                ImageRef.from_file(path).key, partial(open_image, path), name, drafts=True
-            )
+            ref = replace(ImageRef.from_file(path), name=name)
         return _pair(ref, caption, f"{self.path.stem}/{index}", name, self.path.stem)
 
     def _locate(self, index: int) -> Path:
@@ -132,7 +131,7 @@ class ImageFolder(Sequence[Sample]):
         index = range(len(self.files))[index]
         (file, label), name = self.files[index], self.clusters[index]
         path = resolve_inside(file.resolve(), self.root)
-        ref = ImageRef(ImageRef.from_file(path).key, partial(open_image, path), name, drafts=True)
+        ref = replace(ImageRef.from_file(path), name=name)
         sample = _pair(ref, self.template.format(self.classes[label]), name, name, self.root.name)
         sample.target, sample.candidates = self.classes[label], self.classes
         return sample
@@ -279,9 +278,3 @@ def _from_parquet(path: Path, image: str, caption: str) -> Iterator[Pair]:
 def _pair(ref: ImageRef, caption: str, name: str, cluster: str, source: str) -> Sample:
     messages = [user("", images=1), assistant(caption)]
     return Sample(messages, [ref], id=name, cluster=cluster, source=source)
-
-
-def _key(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha1(data).hexdigest()

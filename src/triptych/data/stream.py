@@ -7,7 +7,6 @@ remembered, so that a block is read again and continued.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,16 @@ from triptych.data.images import open_image
 from triptych.data.pairs import SUFFIXES
 from triptych.distributed import rank, world
 from triptych.objectives.base import Objective
-from triptych.types import Batch, DataError, ImageRef, Sample, TriptychError, assistant, user
+from triptych.types import (
+    Batch,
+    DataError,
+    ImageRef,
+    Sample,
+    TriptychError,
+    assistant,
+    content_key,
+    user,
+)
 
 MAX_IMAGE, MAX_TEXT = 1 << 27, 1 << 20  # bytes of one member of a shard
 KEEP = 256  # positions remembered: more than a window and its prefetching
@@ -244,7 +252,7 @@ def _sample(row: dict[str, Any], caption: str) -> Sample:
         raise DataError(
             f"sample '{name}' lacks an image or a caption (.txt, or .json '{caption}')."
         )
-    ref = ImageRef(hashlib.sha1(image).hexdigest(), partial(_open, image, name), name, drafts=True)
+    ref = ImageRef(content_key(image), partial(_open, image, name), name, drafts=True)
     text = " ".join(words.decode("utf-8", "replace").split())
     messages = [user("", images=1), assistant(text)]
     return Sample(messages, [ref], id=name, cluster=ref.key, source="webdataset")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL.Image import Image
 
 from triptych.data.images import open_image, resolve_inside
 from triptych.evaluation.sets.tables import Row, Stored
-from triptych.types import DataError, ImageRef, Sample
+from triptych.types import DataError, ImageRef, Sample, content_key
 
 CHECKED = 100  # pictures looked up when a reader is made
 LEAST_BASE64 = 64  # shorter cells of MMBench name the row that holds the picture
@@ -60,14 +59,14 @@ class Pictures:
         if isinstance(source, Stored):
             cell = source.read()
             if isinstance(cell, bytes):
-                return ImageRef(_digest(cell), partial(_open_stored, source, where), name)
+                return ImageRef(content_key(cell), partial(_open_stored, source, where), name)
             source = cell
         if isinstance(source, dict):  # a picture as `datasets` stores it
             source = source.get("bytes") or source.get("path")
         if isinstance(source, str) and len(source) > LEAST_BASE64 and "." not in source:
             source = _decode(source, where)
         if isinstance(source, bytes):
-            return ImageRef(_digest(source), partial(_open_named, source, where), name)
+            return ImageRef(content_key(source), partial(_open_named, source, where), name)
         path = self.find([source] if isinstance(source, str) else source, where)
         return ImageRef(ImageRef.from_file(path).key, partial(_open_named, path, where), name)
 
@@ -137,7 +136,3 @@ def _open_named(source: Any, where: str) -> Image:
         return open_image(source)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
