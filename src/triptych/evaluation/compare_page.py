@@ -12,7 +12,7 @@ import numpy as np
 
 from triptych.evaluation.compare_runs import EvaluatedRun, Row, split_key
 from triptych.evaluation.compare_tables import difference_rows, headline, percent, score_rows
-from triptych.evaluation.gallery import _inlined as inlined
+from triptych.evaluation.gallery import inlined
 from triptych.types import ImageRef, TriptychError
 
 if TYPE_CHECKING:

@@ -68,7 +68,7 @@ def _page(sections: Mapping[str, Sequence[Record]], pictures: Pictures) -> str:
 
 
 def _figure(record: Record, pictures: Pictures) -> str:
-    images = "".join(_inlined(ref) for ref in pictures.get(record["sample_id"], ()))
+    images = "".join(inlined(ref) for ref in pictures.get(record["sample_id"], ()))
     rows = {"question": record["question"], "gold": record["gold"], "answer": _answer(record)}
     beside = ("before", "prior", "blind")
     rows |= {name: record[name] for name in beside if record.get(name) is not None}
@@ -81,15 +81,21 @@ def _figure(record: Record, pictures: Pictures) -> str:
     return f'<figure class="{judged}">{images}<dl>{terms}</dl><div class="id">{name}</div></figure>'
 
 
-def _inlined(ref: ImageRef) -> str:
+def shrunk(ref: ImageRef, side: int) -> tuple[bytes, str]:
+    """A picture of at most `side` pixels a side, and its kind: "png" where small, else "jpeg"."""
     picture = ref.open()
     small = max(picture.size) <= 200
-    picture.thumbnail((400, 400))
+    picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 85}))
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    kind, look = ("png", ' class="small"') if small else ("jpeg", "")
-    return f'<img{look} alt="{html.escape(ref.name)}" src="data:image/{kind};base64,{data}">'
+    return buffer.getvalue(), "png" if small else "jpeg"
+
+
+def inlined(ref: ImageRef, side: int = 400) -> str:
+    """The picture as an element that needs no file; pixels of small ones may stay crisp."""
+    data, kind = shrunk(ref, side)
+    look, text = ' class="small"' if kind == "png" else "", base64.b64encode(data).decode("ascii")
+    return f'<img{look} alt="{html.escape(ref.name)}" src="data:image/{kind};base64,{text}">'
 
 
 def _answer(record: Record) -> str:

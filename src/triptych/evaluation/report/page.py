@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from triptych.evaluation.gallery import inlined, shrunk
 from triptych.evaluation.metrics import wilson
 from triptych.evaluation.report.gather import Asked, Failure, Found
 from triptych.types import ImageRef
@@ -40,23 +39,14 @@ def write(report: Report, out: Path) -> list[Path]:
     files: dict[str, str] = {}
     for ref in images:
         if ref.key not in files:
-            data, kind = shrunk(ref)
-            name = f"pictures/{len(files):02d}-{_safe(ref.name)}.{kind}"
+            data, kind = shrunk(ref, SIDE)
+            ending = {"jpeg": "jpg"}.get(kind, kind)
+            name = f"pictures/{len(files):02d}-{_safe(ref.name)}.{ending}"
             (out / name).write_bytes(data)
             files[ref.key] = name
     (out / "report.md").write_text(markdown(report, files), encoding="utf-8")
     (out / "report.html").write_text(page(report), encoding="utf-8")
     return [out / "report.md", out / "report.html"]
-
-
-def shrunk(ref: ImageRef) -> tuple[bytes, str]:
-    """A picture of at most 320 pixels a side: PNG where it was small anyway, else JPEG."""
-    picture = ref.open().convert("RGB")
-    small = max(picture.size) <= 200
-    picture.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 85}))
-    return buffer.getvalue(), "png" if small else "jpg"
 
 
 def pictures_of(failure: Failure) -> list[ImageRef]:
@@ -92,14 +82,14 @@ def page(report: Report) -> str:
     facts = "".join(f"<dt>{_e(n)}</dt><dd>{_e(v)}</dd>" for n, v in report.facts.items())
     head = "".join(f"<th>{_e(p)}</th>" for p in report.prompts)
     rows = "".join(
-        f"<tr><td>{_inlined(a.ref)}<br>{_e(a.ref.name)}</td>"
+        f"<tr><td>{inlined(a.ref, SIDE)}<br>{_e(a.ref.name)}</td>"
         + "".join(f"<td>{_e(_cut(answer)) or '(empty)'}</td>" for answer in a.answers)
         + "</tr>"
         for a in report.asked
     )
     cases = "".join(
         f"<section><h3>{number}. {_e(f.first)}</h3>"
-        + "".join(map(_inlined, pictures_of(f)))
+        + "".join(inlined(ref, SIDE) for ref in pictures_of(f))
         + "<dl>"
         + "".join(f"<dt>{_e(name)}</dt><dd>{_e(value)}</dd>" for name, value in _terms(f))
         + "</dl></section>"
@@ -143,13 +133,6 @@ def _shares(found: Found) -> list[list[str]]:
         share = f"{100 * count / found.failures:.1f} [{100 * low:.1f}, {100 * high:.1f}] %"
         rows.append([name, f"{count:,}", share])
     return rows
-
-
-def _inlined(ref: ImageRef) -> str:
-    data, kind = shrunk(ref)
-    kind = {"jpg": "jpeg"}.get(kind, kind)
-    address = base64.b64encode(data).decode("ascii")
-    return f'<img alt="{_e(ref.name)}" src="data:image/{kind};base64,{address}">'
 
 
 def _cut(text: str) -> str:
