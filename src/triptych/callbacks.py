@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -14,6 +13,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from triptych.hardware import peak_ram
 from triptych.types import Batch, TriptychError
 
 
@@ -199,8 +199,7 @@ def gradients(module: pl.LightningModule) -> dict[str, dict[str, Tensor]]:
 
 def peak_rss() -> float:
     """The largest resident memory of this process so far, in GiB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return peak_ram() / 2**30
 
 
 def _logs_at(trainer: pl.Trainer, step: int) -> bool:

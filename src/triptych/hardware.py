@@ -1,8 +1,10 @@
-"""Settings of the machine that change speed and never a number."""
+"""The machine: settings that change speed and never a number, and what a process took of it."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
+import sys
 from contextlib import suppress
 
 
@@ -30,6 +32,12 @@ def return_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 1 << 20)
         libc.mallopt(trim_threshold, 1 << 20)
+
+
+def peak_ram() -> int:
+    """The most bytes of memory that this process ever held."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def quiet_libraries() -> None:

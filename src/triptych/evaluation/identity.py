@@ -33,7 +33,6 @@ INFERENCE += tuple(
     + ("matching", "card/scorers", "card/scenes")
 )
 SCORING = ("evaluation/metrics", "evaluation/parsers.py", "evaluation/baselines.py")
-NO_RULES = ("samples", "train", "prior", "scorers")  # of a benchmark; they are hashed apart
 SIZE = 16  # hexadecimal digits of a hash
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +27,7 @@ from triptych.evaluation.records import (
 from triptych.evaluation.scorers import Outcome, Scorer, able
 from triptych.evaluation.store import FOLDER, Answers, stored_answers
 from triptych.evaluation.task import Settings, Task
+from triptych.hardware import peak_ram
 from triptych.rundir import slug
 from triptych.types import Sample, TriptychError
 
@@ -197,8 +196,7 @@ def _write(
 
 def peak_memory() -> dict[str, int]:
     """The most bytes this process ever held, in RAM and on the GPU if there is one."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"peak_ram_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"peak_ram_bytes": peak_ram()}
     if torch.cuda.is_available():
         peak["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     return peak
