@@ -192,7 +192,7 @@ def table_text(model: Model, table: PartsTable, rates: dict[str, float]) -> str:
     for row in table.rows:
         tensors = [p for _, p in counted[row.path]]
         trained = sum(p.numel() for p in tensors if p.requires_grad)
-        rate = next((rates[n] for n, p in counted[row.path] if n in rates), None)
+        lr = sorted({rates[n] for n, _ in counted[row.path] if n in rates})
         lines.append(
             (
                 row.path,
@@ -200,7 +200,7 @@ def table_text(model: Model, table: PartsTable, rates: dict[str, float]) -> str:
                 f"{sum(numel(p) for p in tensors):,}",
                 f"{trained:,}",
                 ", ".join(sorted({_dtype_name(p) for p in tensors})),
-                "" if rate is None else f"{rate:g}",
+                ", ".join(f"{rate:g}" for rate in lr),
                 row.origin,
             )
         )
