@@ -108,18 +108,22 @@ def find_bundle(run: str | Path) -> Path | None:
     return None
 
 
+def model_options(model: str) -> list[str]:
+    """The options that choose a preset, or "PRESET:ID": hf:FOLDER, gpt4v:gpt-4o-2024-08-06."""
+    preset, separator, name = model.partition(":")
+    quoted = name.replace("\\", "\\\\").replace("'", "\\'")
+    return [f"model={preset}", *([f"model.id='{quoted}'"] if separator else [])]
+
+
 def compose_preset(model: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The training configuration of a preset, or of "hf:ID_OR_FOLDER", composed anywhere."""
+    """The training configuration of a preset, or of one with an id, composed anywhere."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
     from triptych.cli import conf_dir
     from triptych.config_check import check_missing, check_overrides
 
-    options = [f"model={model}", *overrides]
-    if model.startswith("hf:"):
-        quoted = model.removeprefix("hf:").replace("\\", "\\\\").replace("'", "\\'")
-        options[0:1] = ["model=hf", f"model.id='{quoted}'"]
+    options = [*model_options(model), *overrides]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf_dir()), job_name="train", version_base="1.3"):
         checked, _ = check_overrides("train", options)
