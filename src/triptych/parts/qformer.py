@@ -44,9 +44,9 @@ class QFormer(nn.Module):
         fields = dict(config or {})
         fields |= {"encoder_hidden_size": vision_dim, "use_qformer_text_input": self.text_layers}
         self.config = Blip2QFormerConfig(**fields)
-        self.dim = self.config.hidden_size
+        self.dim, spread = self.config.hidden_size, self.config.initializer_range
         self.norm = nn.LayerNorm(vision_dim, eps=norm_eps)
-        self.queries = nn.Parameter(torch.empty(1, queries, self.dim).normal_(std=0.02))
+        self.queries = nn.Parameter(torch.empty(1, queries, self.dim).normal_(std=spread))
         self.qformer = load_model(Blip2QFormerModel, self.config, None, attention=implementation)
         self.proj = None if language_dim is None else nn.Linear(self.dim, language_dim)
         self._add_text(**(reader or {}))
@@ -110,7 +110,7 @@ class TextQFormer(QFormer, PairText):
         self.embeddings = Blip2TextEmbeddings(self.config)
         # alone, the library's class starts at N(0,1), which makes the first LM loss 21, not ln V
         for table in (self.embeddings.word_embeddings, self.embeddings.position_embeddings):
-            nn.init.normal_(table.weight, std=0.02)
+            nn.init.normal_(table.weight, std=self.config.initializer_range)
         vocabulary = self.config.vocab_size
         self.set_tokenizer(tokenizer, starts, vocabulary, max_length)
 
@@ -159,7 +159,7 @@ class PairQFormer(TextQFormer):
         self.lm = BertLMPredictionHead(self.config)
         self.lm.decoder.weight = self.embeddings.word_embeddings.weight
         self.lm.bias = self.lm.decoder.bias
-        nn.init.normal_(self.lm.transform.dense.weight, std=0.02)
+        nn.init.normal_(self.lm.transform.dense.weight, std=self.config.initializer_range)
         nn.init.zeros_(self.lm.transform.dense.bias)
         nn.init.zeros_(self.lm.decoder.bias)
 
