@@ -3,14 +3,17 @@ published sizes, and each experiment freezes what its paper freezes."""
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 
 import pytest
 import torch
 
-from triptych.build import build_model, build_objective
+from triptych.build import build_model, build_objective, build_optim
 from triptych.bundle import compose_preset
 from triptych.cli import conf_dir
+from triptych.data.templates import IMAGE_MARK, render
+from triptych.parts.pretrained import resolve
 from triptych.types import Sample, assistant
 
 SMALL = (
@@ -124,6 +127,8 @@ STAGES = {
     "oscar/pretrain": {"connector", "language", "heads"},
     "oscar/tags": {"connector", "language", "heads"},
     "flamingo/pretrain": {"connector", "fusion"},
+    "llava/align": {"connector"},
+    "llava/instruct": {"connector", "language"},
     "minigpt4/stage1": {"connector.proj"},
     "minigpt4/stage2": {"connector.proj"},
     "instructblip/tune": {"connector"},
@@ -133,15 +138,15 @@ STAGES = {
 }
 
 
-def compose_experiment(name: str):
+def compose_experiment(name: str, *options: str):
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("train", [f"experiment={name}"])
+        return compose("train", [f"experiment={name}", *options])
 
 
 def test_each_experiment_of_these_families_is_listed_above():
-    families = ("blip", "blip2", "oscar", "flamingo", "minigpt4", "instructblip", "qwen_vl")
+    families = ("blip", "blip2", "oscar", "flamingo", "llava", "minigpt4", "instructblip", "qwen_vl")
     folder = conf_dir() / "experiment"
     found = {f"{f}/{p.stem}" for f in families for p in (folder / f).glob("*.yaml")}
     assert found == set(STAGES)
@@ -152,6 +157,39 @@ def test_experiments_freeze_what_the_paper_freezes(name):
     cfg = compose_experiment(name)
     trains = {path for path, state in cfg.model.trains.items() if state == "full"}
     assert trains == STAGES[name]
+
+
+def test_llava_trains_the_projector_and_then_the_language_model_too():
+    projector = {f"connector.layers.{n}.{leaf}" for n in (0, 2) for leaf in ("weight", "bias")}
+    for stage, parts in (("align", {"connector"}), ("instruct", {"connector", "language"})):
+        model = build_model(compose_experiment(f"llava/{stage}"), meta=True).model
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert {n.split(".")[0] for n in trained} == parts
+        assert {n for n in trained if n.startswith("connector.")} == projector
+        language = {n for n, _ in model.named_parameters() if n.startswith("language.")}
+        assert {n for n in trained if n.startswith("language.")} in (language, set())
+        assert model.placeholders(336, 336) == 576
+
+
+def test_llava_with_adapters_trains_all_of_the_projector_at_its_own_rate():
+    cfg = compose_experiment("llava/instruct", "peft=lora")
+    model = build_model(cfg, meta=True).model
+    rates = build_optim(cfg).rates(model)
+    adapters = {n for n in rates if ".lora_" in n}
+    assert {rates[n] for n in adapters} == {2e-4}
+    assert {rates[n] for n in rates.keys() - adapters} == {2e-5}
+    assert all(n.startswith("connector.") for n in rates.keys() - adapters)
+    ranks = {model.get_parameter(n).shape[0] for n in adapters if "lora_A" in n}
+    assert ranks == {128}
+
+
+def test_llavas_first_prompt_is_the_image_and_its_caption(tokenizer, dialogue):
+    plain = copy(tokenizer)
+    plain.chat_template = Path(resolve("assets/templates/plain.jinja")).read_text(encoding="utf-8")
+    sample = dialogue(("describe the image.", "a red circle"))
+    text, ((start, end),) = render(sample.messages, plain)
+    assert text == IMAGE_MARK + "a red circle\n"
+    assert text[start:end] == "a red circle\n"
 
 
 def test_qwen_vl_gives_256_tokens_at_both_of_its_sizes():
