@@ -146,7 +146,16 @@ def compose_experiment(name: str, *options: str):
 
 
 def test_each_experiment_of_these_families_is_listed_above():
-    families = ("blip", "blip2", "oscar", "flamingo", "llava", "minigpt4", "instructblip", "qwen_vl")
+    families = (
+        "blip",
+        "blip2",
+        "oscar",
+        "flamingo",
+        "llava",
+        "minigpt4",
+        "instructblip",
+        "qwen_vl",
+    )
     folder = conf_dir() / "experiment"
     found = {f"{f}/{p.stem}" for f in families for p in (folder / f).glob("*.yaml")}
     assert found == set(STAGES)

@@ -35,7 +35,9 @@ class Mixture(Sequence[Sample]):
         seed: int = 0,
     ) -> None:
         if not sets:
-            raise DataError("the mixture has no data set; add data.train.sets.NAME={_target_: ...}.")
+            raise DataError(
+                "the mixture has no data set; add data.train.sets.NAME={_target_: ...}."
+            )
         empty = [name for name, reader in sets.items() if not len(reader)]
         if empty:
             raise DataError(f"data set '{empty[0]}' of the mixture is empty; check its path.")
