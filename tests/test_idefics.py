@@ -8,8 +8,12 @@ import pytest
 import tiny_hosted
 import torch
 import torch.nn.functional as F
-from test_hosted import adapted, mean_loss, supervised
+from safetensors.torch import load_file
+from test_hosted import adapted, mean_loss, options, questions, supervised  # noqa: F401
 
+from triptych import run
+from triptych.api import load
+from triptych.bundle import compose_preset
 from triptych.data.hosted_processor import HostedProcessor
 from triptych.data.idefics import Idefics, expand
 from triptych.evaluation.model_predictor import ModelPredictor
@@ -159,3 +163,17 @@ def test_without_a_template_the_option_is_named(folders, dialogues):
     processor = HostedProcessor.of(str(folders["idefics"]), None, None)
     with pytest.raises(TriptychError, match="no chat template.*model.template"):
         processor.collate(dialogues)
+
+
+@pytest.mark.slow
+def test_a_run_trains_what_flamingo_trains(folders, questions, pictures, tmp_path):  # noqa: F811
+    template = f"model.template={TEMPLATES['idefics']}"
+    trains = "model.trains={vision: frozen, connector: full, language: frozen}"
+    cfg = compose_preset(f"hf:{folders['idefics']}", [*options(questions), template, trains])
+    run.train(cfg, tmp_path)
+    trained = load_file(tmp_path / "bundle/weights.safetensors")
+    assert trained and all(n.startswith("connector.") for n in trained)
+    used = load(tmp_path)
+    tensors = dict(used.model.named_parameters())
+    assert all(torch.equal(tensors[n], t) for n, t in trained.items())
+    assert isinstance(used.answer(pictures[0].open(), "what color?", max_new_tokens=3), str)
