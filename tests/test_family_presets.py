@@ -91,6 +91,7 @@ SIZES = {  # preset -> (parameters in millions, part or None for all), with the 
     "instructblip/7b": (7_900, None),  # the checkpoint's name card
     "qwen_vl/7b": (9_600, None),  # arXiv 2308.12966, table 1
     "minigpt4/7b": (3.15, "connector.proj"),  # 768 x 4096 + 4096
+    "minigpt4/13b": (3.94, "connector.proj"),  # 768 x 5120 + 5120
     # arXiv 2204.14198, table 1: 1.2 B in the gated layers of 3B, whose tower is 1,536 wide and not
     # CLIP's 1,024; 24 x (2048 x (2 x 2048 + 2 x 1024) + 8 x 2048 x 2048)
     "flamingo/3b": (1_107.4, "fusion"),

@@ -142,6 +142,9 @@ def test_the_weights_of_the_sets_reach_the_loss(vlm, dialogue):
     processor, plain, objective = vlm.processor(), NextToken(), NextToken(weights=weights)
     data = DataModule(Mixture(sets), processor, objective, batch_size=3)
     (batch,) = data.train_dataloader()
+    data = DataModule(Mixture(sets), processor, objective, batch_size=1, accumulate=3)
+    window = list(data.train_dataloader())  # each micro-batch lacks a set
+    assert len(window) == 3
     vlm.eval()
     with torch.no_grad():
         by_hand = 0.0
@@ -150,9 +153,13 @@ def test_the_weights_of_the_sets_reach_the_loss(vlm, dialogue):
             nll = sum(plain(vlm, row)["next_token"].sum for row in rows)
             count = sum(plain.counts(row)["next_token"] for row in rows)
             by_hand = by_hand + weights[name] * nll / count
-        terms = objective(vlm, batch)
-        loss = sum(t.weight * t.sum / batch.totals[n] for n, t in terms.items())
-    torch.testing.assert_close(loss, by_hand, rtol=1e-5, atol=1e-5)
+        for batches in ([batch], window):
+            loss = sum(
+                term.weight * term.sum / one.totals[name]
+                for one in batches
+                for name, term in objective(vlm, one).items()
+            )
+            torch.testing.assert_close(loss, by_hand, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
