@@ -3,14 +3,17 @@ published sizes, and each experiment freezes what its paper freezes."""
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 
 import pytest
 import torch
 
-from triptych.build import build_model, build_objective
+from triptych.build import build_model, build_objective, build_optim
 from triptych.bundle import compose_preset
 from triptych.cli import conf_dir
+from triptych.data.templates import IMAGE_MARK, render
+from triptych.parts.pretrained import resolve
 from triptych.types import Sample, assistant
 
 SMALL = (
@@ -88,6 +91,7 @@ SIZES = {  # preset -> (parameters in millions, part or None for all), with the 
     "instructblip/7b": (7_900, None),  # the checkpoint's name card
     "qwen_vl/7b": (9_600, None),  # arXiv 2308.12966, table 1
     "minigpt4/7b": (3.15, "connector.proj"),  # 768 x 4096 + 4096
+    "minigpt4/13b": (3.94, "connector.proj"),  # 768 x 5120 + 5120
     # arXiv 2204.14198, table 1: 1.2 B in the gated layers of 3B, whose tower is 1,536 wide and not
     # CLIP's 1,024; 24 x (2048 x (2 x 2048 + 2 x 1024) + 8 x 2048 x 2048)
     "flamingo/3b": (1_107.4, "fusion"),
@@ -124,6 +128,8 @@ STAGES = {
     "oscar/pretrain": {"connector", "language", "heads"},
     "oscar/tags": {"connector", "language", "heads"},
     "flamingo/pretrain": {"connector", "fusion"},
+    "llava/align": {"connector"},
+    "llava/instruct": {"connector", "language"},
     "minigpt4/stage1": {"connector.proj"},
     "minigpt4/stage2": {"connector.proj"},
     "instructblip/tune": {"connector"},
@@ -133,15 +139,24 @@ STAGES = {
 }
 
 
-def compose_experiment(name: str):
+def compose_experiment(name: str, *options: str):
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("train", [f"experiment={name}"])
+        return compose("train", [f"experiment={name}", *options])
 
 
 def test_each_experiment_of_these_families_is_listed_above():
-    families = ("blip", "blip2", "oscar", "flamingo", "minigpt4", "instructblip", "qwen_vl")
+    families = (
+        "blip",
+        "blip2",
+        "oscar",
+        "flamingo",
+        "llava",
+        "minigpt4",
+        "instructblip",
+        "qwen_vl",
+    )
     folder = conf_dir() / "experiment"
     found = {f"{f}/{p.stem}" for f in families for p in (folder / f).glob("*.yaml")}
     assert found == set(STAGES)
@@ -152,6 +167,42 @@ def test_experiments_freeze_what_the_paper_freezes(name):
     cfg = compose_experiment(name)
     trains = {path for path, state in cfg.model.trains.items() if state == "full"}
     assert trains == STAGES[name]
+
+
+def test_llava_trains_the_projector_and_then_the_language_model_too():
+    projector = {f"connector.layers.{n}.{leaf}" for n in (0, 2) for leaf in ("weight", "bias")}
+    for stage, parts in (("align", {"connector"}), ("instruct", {"connector", "language"})):
+        cfg = compose_experiment(f"llava/{stage}", "model.language.config.num_hidden_layers=1")
+        model = build_model(cfg, meta=True).model
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert {n.split(".")[0] for n in trained} == parts
+        assert {n for n in trained if n.startswith("connector.")} == projector
+        language = {n for n, _ in model.named_parameters() if n.startswith("language.")}
+        assert {n for n in trained if n.startswith("language.")} in (language, set())
+        assert model.placeholders(336, 336) == 576
+
+
+def test_llava_with_adapters_trains_all_of_the_projector_at_its_own_rate():
+    cfg = compose_experiment(
+        "llava/instruct", "peft=lora", "model.language.config.num_hidden_layers=1"
+    )
+    model = build_model(cfg, meta=True).model
+    rates = build_optim(cfg).rates(model)
+    adapters = {n for n in rates if ".lora_" in n}
+    assert {rates[n] for n in adapters} == {2e-4}
+    assert {rates[n] for n in rates.keys() - adapters} == {2e-5}
+    assert all(n.startswith("connector.") for n in rates.keys() - adapters)
+    ranks = {model.get_parameter(n).shape[0] for n in adapters if "lora_A" in n}
+    assert ranks == {128}
+
+
+def test_llavas_first_prompt_is_the_image_and_its_caption(tokenizer, dialogue):
+    plain = copy(tokenizer)
+    plain.chat_template = Path(resolve("assets/templates/plain.jinja")).read_text(encoding="utf-8")
+    sample = dialogue(("describe the image.", "a red circle"))
+    text, ((start, end),) = render(sample.messages, plain)
+    assert text == IMAGE_MARK + "a red circle\n"
+    assert text[start:end] == "a red circle\n"
 
 
 def test_qwen_vl_gives_256_tokens_at_both_of_its_sizes():

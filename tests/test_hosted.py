@@ -367,7 +367,8 @@ def test_other_layouts_have_roles_too(tmp_path):
     "kind",
     [
         *("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen3_vl", "internvl", "gemma3"),
-        *("idefics3", "mllama", "glm4v", "instructblip", "blip-2", "mistral3", "deepseek_vl"),
+        *("idefics", "idefics2", "idefics3", "mllama", "glm4v", "instructblip", "blip-2"),
+        *("mistral3", "deepseek_vl"),
         *("kosmos-2", "lfm2_vl", "ovis2", "video_llava", "aria"),
     ],
 )

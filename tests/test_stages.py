@@ -1,4 +1,4 @@
-"""The two stages of BLIP-2 through the trainer: the second starts from the first, in 4 bits."""
+"""Stages through the trainer: BLIP-2's second in 4 bits, LLaVA's on small parts."""
 
 from __future__ import annotations
 
@@ -56,5 +56,35 @@ def test_stage_two_starts_from_stage_one_with_qlora(tmp_path, capsys):
     adapters = [n for n in two if n.startswith("language.")]
     assert adapters and all(".lora_" in n for n in adapters)
     assert "nf4" in said
+    metrics = json.loads((second / "results.json").read_text())["metrics"]
+    assert metrics["easy_vqa/accuracy"]["n"] == 24
+
+
+@pytest.mark.slow
+def test_llavas_two_stages_run_on_small_parts(tmp_path, capsys):
+    first = run(
+        tmp_path / "one",
+        "experiment=llava/align",
+        "model=llava",
+        "data=shapes_captions",
+        "data.batch_size=6",
+        "benchmark=none",
+    )
+    one = load_file(first / "bundle" / "weights.safetensors")
+    assert one and all(n.startswith("connector.") for n in one)
+    capsys.readouterr()
+    second = run(
+        tmp_path / "two",
+        "experiment=llava/instruct",
+        "model=llava",
+        "data=easy_vqa",
+        f"init_from={first}",
+        "optim.lr=0",
+        "data.batch_size=6",
+    )
+    assert f"{len(one)} tensors start from" in capsys.readouterr().out
+    two = load_file(second / "bundle" / "weights.safetensors")
+    assert all(torch.equal(two[n], one[n]) for n in one)  # at rate 0 they stay what they were
+    assert {n.split(".")[0] for n in two} == {"connector", "language"}
     metrics = json.loads((second / "results.json").read_text())["metrics"]
     assert metrics["easy_vqa/accuracy"]["n"] == 24

@@ -31,6 +31,14 @@ QWEN = ["<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end
 QWEN += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 SMOL = ["<pad>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>"]
 SMOL += ["<global-img>", "<video>", *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2))]
+SIGLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
 GEMMA = ["<pad>", "<eos>", "<bos>", "<image>"]
 
 
@@ -167,6 +175,106 @@ def paligemma(folder: Path) -> None:
         pad_token_id=words.pad_token_id,
     )
     _save(folder, PaliGemmaForConditionalGeneration(config), processor)
+
+
+def idefics(folder: Path) -> None:
+    """The first Idefics: gated layers, a resampler, and tokens that have tables of their own."""
+    from transformers import (
+        IdeficsConfig,
+        IdeficsForVisionText2Text,
+        IdeficsImageProcessor,
+        IdeficsProcessor,
+    )
+
+    words = tokenizer(["<pad>", "<s>", "</s>"], eos_token="</s>", bos_token="<s>")
+    more = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+    words.add_special_tokens({"additional_special_tokens": more})
+    own = tiny_llama.fields(words, vocab_size=len(words) - len(more))
+    own.pop("num_key_value_heads")
+    config = IdeficsConfig(
+        **own,
+        additional_vocab_size=len(more),
+        qk_layer_norms=True,
+        alpha_initializer="normal",
+        alphas_initializer_range=0.5,
+        alpha_type="vector",
+        use_resampler=True,
+        vision_config={
+            "embed_dim": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        perceiver_config={
+            "use_resampler": True,
+            "resampler_n_latents": 4,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 16,
+            "qk_layer_norms_perceiver": True,
+        },
+    )
+    processor = IdeficsProcessor(IdeficsImageProcessor(image_size=32), words)
+    _save(folder, IdeficsForVisionText2Text(config), processor)
+
+
+def idefics2(folder: Path) -> None:
+    """Idefics2: a resampler, pictures of their own sizes, and a processor of the older kind."""
+    from transformers import (
+        Idefics2Config,
+        Idefics2ForConditionalGeneration,
+        Idefics2ImageProcessor,
+        Idefics2Processor,
+    )
+
+    words = tokenizer(SMOL, eos_token="<end_of_utterance>", bos_token="<|im_start|>")
+    config = Idefics2Config(
+        text_config={"model_type": "mistral", **tiny_llama.fields(words)},
+        vision_config=SIGLIP,
+        perceiver_config={
+            "hidden_size": 64,
+            "resampler_n_latents": 4,
+            "resampler_depth": 1,
+            "resampler_n_heads": 4,
+            "resampler_head_dim": 16,
+            "num_key_value_heads": 2,
+        },
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+    )
+    images = Idefics2ImageProcessor(
+        size={"shortest_edge": 16, "longest_edge": 32}, do_image_splitting=False
+    )
+    processor = Idefics2Processor(images, words, image_seq_len=4, chat_template=SMOL_TEMPLATE)
+    _save(folder, Idefics2ForConditionalGeneration(config), processor)
+
+
+def idefics3(folder: Path) -> None:
+    """Idefics3: patches shuffled into the width, as SmolVLM has it."""
+    from transformers import (
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessor,
+        Idefics3Processor,
+    )
+
+    words = tokenizer(SMOL, eos_token="<end_of_utterance>", bos_token="<|im_start|>")
+    config = Idefics3Config(
+        text_config={"model_type": "llama", **tiny_llama.fields(words)},
+        vision_config=SIGLIP,
+        scale_factor=2,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        pad_token_id=words.pad_token_id,
+    )
+    sizes = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}}
+    processor = Idefics3Processor(
+        Idefics3ImageProcessor(**sizes, do_image_splitting=False),
+        words,
+        image_seq_len=4,
+        chat_template=SMOL_TEMPLATE,
+    )
+    _save(folder, Idefics3ForConditionalGeneration(config), processor)
 
 
 BUILDERS = {"qwen2_5_vl": qwen, "smolvlm": smolvlm, "paligemma": paligemma}

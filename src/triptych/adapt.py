@@ -157,7 +157,10 @@ def add_lora(model: Model, path: str, table: PartsTable, lora: LoraConfig, quant
 
 def head_names(part: nn.Module) -> set[str]:
     """Names of the output heads below a part: never quantized and never adapted by default."""
-    heads = {id(getattr(part, "head", None))}
+    head = getattr(part, "head", None)
+    heads = {id(head)}
+    if isinstance(head, nn.Linear):  # Idefics keeps the rows of added tokens below its head
+        heads |= {id(module) for module in head.modules()}
     return {name for name, module in part.named_modules() if name and id(module) in heads}
 
 

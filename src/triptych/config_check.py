@@ -10,7 +10,7 @@ All functions expect Hydra to be initialised on the configuration tree.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -36,6 +36,9 @@ OPEN = (
     "model.trains",
     "model.options",
     "optim.parts",
+    "objective.weights",
+    "data.train.sets",
+    "data.train.shares",
     "trainer.options",
     "hydra.job.env_set",
     "hydra.sweeper",
@@ -75,11 +78,16 @@ def check_overrides(config_name: str, overrides: list[str]) -> tuple[list[str], 
     return [fixed.get(text, text) for text in meant], cfgs[0]
 
 
+def group_choices(overrides: Sequence[str]) -> list[str]:
+    """The overrides that choose a file of a group, without those that set values."""
+    return [text for text in overrides if _is_group(_parse(text))]
+
+
 def check_missing(cfg: DictConfig) -> None:
     """Raise ConfigError if a required value (`???`) was not given."""
     tree = OmegaConf.to_container(cfg, resolve=False)
     tree.pop("hydra", None)
-    missing = [key for key, value in _leaves(tree) if value == MISSING]
+    missing = [key for key, value in leaves(tree) if value == MISSING]
     if missing:
         examples = " ".join(f"{key}=VALUE" for key in missing)
         raise ConfigError(f"{', '.join(missing)} must be given; add {examples}")
@@ -238,17 +246,17 @@ def _walk(key: str, tree: Any) -> tuple[int, Any]:
     return len(parts), tree
 
 
-def _leaves(tree: dict) -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict) -> Iterator[tuple[str, Any]]:
     """The dotted names of all leaves, with their values."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from ((f"{key}.{leaf}", v) for leaf, v in _leaves(value))
+            yield from ((f"{key}.{leaf}", v) for leaf, v in leaves(value))
         else:
             yield str(key), value
 
 
 def _keys(tree: dict) -> list[str]:
-    return [key for key, _ in _leaves(tree)]
+    return [key for key, _ in leaves(tree)]
 
 
 def _loader() -> ConfigLoader:

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from triptych import forecast
+from triptych import forecast, recipe
 from triptych.adapt import hardware_dtype, table_text
 from triptych.audit import Audit
 from triptych.build import (
@@ -73,7 +73,11 @@ def train(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> float
     data = build_data(cfg, processor, objective)
     module = LitVLM(adapted.model, objective, optim)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    facts = {**system_info(cfg), "table": [vars(row) for row in adapted.table.rows]}
+    changed = recipe.changes(cfg, overrides)
+    if changed:
+        print(recipe.text(changed, overrides), flush=True)
+    table = [vars(row) for row in adapted.table.rows]
+    facts = {**system_info(cfg), "table": table, "changed": changed}
     (folder / "system.json").write_text(json.dumps(facts, indent=1, default=str))
     predictor = ModelPredictor(adapted.model, processor, batch_size=cfg.eval.batch_size)
     benchmarks, left_out = build_benchmarks(cfg.get("benchmark"))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from triptych.data.idefics import reporting
 from triptych.data.processor import _inside
 from triptych.data.templates import Rendered, render_prompt_turns, render_turns
 from triptych.parts.pretrained import resolve
@@ -76,7 +77,7 @@ class HostedProcessor:
         if template is not None:
             path = Path(resolve(template))
             library.chat_template = path.read_text() if path.suffix == ".jinja" else template
-        return cls(library)
+        return cls(reporting(library))
 
     def rows(self, rows: Sequence[Sequence[Sample]]) -> Batch:
         """A training batch: every sample of every row in a row of its own."""
@@ -109,6 +110,11 @@ class HostedProcessor:
             turns = [self._turns(sample, sample.prompt) for sample in samples]
             texts = [render_prompt_turns(t, self.tokenizer) for t in turns]
         return _batch(samples, self._run(samples, texts, "left"), None)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer, whatever the checkpoint states."""
+        return [self.tokenizer.eos_token_id, *getattr(self.library, "stop_ids", ())]
 
     def decode(self, ids: Tensor) -> list[str]:
         """(B,T) generated ids as text without special tokens."""

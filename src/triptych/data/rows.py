@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from triptych.types import Sample
+from triptych.types import DataError, Sample
 
 Row = tuple[int, ...]
 
@@ -35,11 +35,18 @@ class RowPlan:
     def __init__(
         self, reader: Sequence[Sample], samples_per_row: int, draw: int | None, seed: int
     ) -> None:
-        groups: dict[str, list[int]] = {}
+        groups: dict[tuple[str, int], list[int]] = {}
         clusters = getattr(reader, "clusters", None)
+        passes = getattr(reader, "passes", None)  # of a mixture, which may read a set again
+        if passes is not None and draw is not None:
+            raise DataError(
+                "data.draw takes some samples of each image, which would undo the shares of a "
+                "mixture; leave it out."
+            )
         for i in range(len(reader)):
             cluster = clusters[i] if clusters is not None else reader[i].cluster
-            groups.setdefault(cluster or f"#{i}", []).append(i)
+            key = self._key(cluster or f"#{i}", 0 if passes is None else passes[i])
+            groups.setdefault(key, []).append(i)
         self.groups = list(groups.values())
         self.samples_per_row, self.draw, self.seed = samples_per_row, draw, seed
 
@@ -59,6 +66,10 @@ class RowPlan:
         rows = self.rows(epoch)
         return [rows[i * size : (i + 1) * size] for i in range(count)]
 
+    def _key(self, image: str, turn: int) -> tuple[str, int]:
+        """What puts samples together: one image, read in one pass over its data set."""
+        return image, turn
+
     def _grouped(self, random: np.random.Generator) -> list[list[Row]]:
         """The drawn rows of every image."""
         grouped, step = [], self.samples_per_row
@@ -76,6 +87,9 @@ class SpreadPlan(RowPlan):
     Rows are dealt to the batches like cards, image after image, so that sizes differ by one at
     most. An image with more rows than there are batches leaves the rest for another epoch.
     """
+
+    def _key(self, image: str, turn: int) -> tuple[str, int]:
+        return image, 0  # read again, it is still the same image
 
     def batches(self, epoch: int, size: int, count: int) -> list[list[Row]]:
         random = np.random.default_rng([self.seed, epoch])

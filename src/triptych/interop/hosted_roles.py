@@ -35,6 +35,8 @@ PLACES: dict[str, Places] = {  # by config.model_type
     "glm4v_moe": MERGER,
     "glm46v": MERGER,
     "glm_ocr": MERGER,
+    # one module holds the decoder, its gated layers and the image encoder
+    "idefics": Places(vision=("model.vision_model",), language=("model.layers", "model.norm")),
     "instructblip": Places(language=("language_model",)),
     "qwen2_vl": MERGER,
     "qwen2_5_vl": MERGER,

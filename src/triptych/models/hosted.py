@@ -111,7 +111,7 @@ class HostedVLM(Model):
         self.connector = Borrowed(library, roles["connector"])
         self.language = HostedLanguage(library, roles["language"])
         self._checked = False
-        self._stop: int | None = None  # the tokenizer's own end, known with the processor
+        self._stops: list[int] = []  # the processor's own ends, known with it
 
     def forward(self, batch: Batch, scored: Tensor | None = None) -> Tensor:
         """Hidden states (B,T,D), as the class gives them to its head."""
@@ -150,7 +150,7 @@ class HostedVLM(Model):
     def processor(self) -> HostedProcessor:
         """What turns samples into batches: the model's own processor and template."""
         processor = HostedProcessor.of(self.id, self.revision, self.template)
-        self._stop = processor.tokenizer.eos_token_id
+        self._stops = processor.stop_ids
         return processor
 
     def train(self, mode: bool = True) -> HostedVLM:
@@ -159,12 +159,12 @@ class HostedVLM(Model):
         return self
 
     def _ends(self) -> dict[str, Any]:
-        """Padding and the tokens that end an answer: the checkpoint's and the tokenizer's."""
+        """Padding and the tokens that end an answer: the checkpoint's and the processor's."""
         stated = self.library.generation_config
         listed = (
             stated.eos_token_id if isinstance(stated.eos_token_id, list) else [stated.eos_token_id]
         )
-        ends = sorted({i for i in [*listed, self._stop] if i is not None})
+        ends = sorted({i for i in [*listed, *self._stops] if i is not None})
         pad = stated.pad_token_id
         return {
             "eos_token_id": ends or None,
