@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add(
         "--benchmark",
         metavar="NAMES",
-        help="evaluate first, as in easy_vqa,shapes; a RUN may then be a preset: clip/b32, gpt4v:ID",
+        help="evaluate first, as in easy_vqa,shapes; a RUN may be a preset: clip, gpt4v:ID",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="option of that evaluation")
     add("--out", default="compare", help="folder of compare.html and compare.json")

@@ -88,8 +88,8 @@ def evaluate_sources(
 ) -> list[str]:
     """Evaluate runs and presets on the same benchmarks, each in a process of its own.
 
-    A source that is no folder is a preset, such as `gpt4v` or `gpt4v:gpt-4o-2024-08-06`. Returns the folders of results; what
-    fails is told and left out, so that the others still stand in one table.
+    A source that is no folder is a preset, such as `gpt4v` or `gpt4v:gpt-4o-2024-08-06`. Returns
+    the folders of results; what fails is told and left out: the others still stand in one table.
     """
     from triptych.bundle import model_options
 
