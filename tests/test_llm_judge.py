@@ -114,7 +114,7 @@ def test_verdicts_stand_beside_the_benchmarks_own_rule(server, tmp_path):
     row = {"question": "what color?", "accepted_answers": ["blue"], "answer": said}
     assert row in told
     assert (first["judge_reply"], first["judge_status"]) == (" **Correct.**\n", "ok")
-    assert (first["judge_model"], first["judge_correct"]) == ("eyes-1-0101", 1.0)
+    assert (first["judge_model"], first["judge_accuracy"]) == ("eyes-1-0101", 1.0)
     assert (first["parsed"], first["correct"]) == (None, 0.0)
     # three answers and, of the prior, three other pairs of a colour and "red"
     assert len(server.bodies) == 6, "equal prompts are asked once"
@@ -147,7 +147,7 @@ def test_what_is_no_verdict_is_an_outcome_and_never_a_guess(server, tmp_path):
     assert [entry[name] for name in names] == pytest.approx([1 / 7] * 5, abs=1e-6)
     assert entry["value"] == pytest.approx(1 / 7, abs=1e-6)
     assert entry["agreement"] == 0.5, "of the two verdicts that were given"
-    found = [(row["judge_status"], row["judge_correct"]) for row in rows(tmp_path)]
+    found = [(row["judge_status"], row["judge_accuracy"]) for row in rows(tmp_path)]
     states = ("ok", "unparsed", "refusal", "error", "ok", "timeout", "no_answer")
     assert found == list(zip(states, (1.0, *[0.0] * 6), strict=True))
     assert rows(tmp_path)[1]["judge_reply"] == "It is not correct."

@@ -107,7 +107,7 @@ class LlmJudge:
             "judge_prompt": prompt,
             "judge_reply": said or None,
             "judge_status": status,
-            "judge_correct": VERDICTS[normalize_answer(said)] if status == "ok" else 0.0,
+            KEY: VERDICTS[normalize_answer(said)] if status == "ok" else 0.0,
         }
 
     def metric(self, records: Sequence[Record]) -> dict[str, Any]:
@@ -118,8 +118,8 @@ class LlmJudge:
         ways = {"refusals": "refusal", "timeouts": "timeout", "errors": "error"}
         ways |= {"unparsed": "unparsed"}
         clear = [record for record in records if record["judge_status"] == "ok"]
-        alike = [float(r["judge_correct"] == float(r["correct"] >= 0.5)) for r in clear]
-        return with_interval([record["judge_correct"] for record in records], records) | {
+        alike = [float(r[KEY] == float(r["correct"] >= 0.5)) for r in clear]
+        return with_interval([record[KEY] for record in records], records) | {
             "chance": None,
             **{f"judge_{name}": states[state] / len(records) for name, state in ways.items()},
             "no_answer": states["no_answer"] / len(records),
