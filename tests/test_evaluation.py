@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from triptych.evaluation.baselines import Prior, permute_images
 from triptych.evaluation.benchmark import SUBSETS, AnswerBenchmark
 from triptych.evaluation.gallery import draw_gallery
 from triptych.evaluation.parsers import exact_answer, mentioned_answer
-from triptych.evaluation.planning import image_subset, plan
+from triptych.evaluation.planning import image_subset, pieces, plan, row_tokens
 from triptych.evaluation.predictor import Score
 from triptych.evaluation.records import format_table, merge_results
 from triptych.evaluation.runner import evaluate
@@ -288,6 +289,27 @@ def test_plan_keeps_an_images_questions_together() -> None:
     assert list(plan(samples, 1)) == [[0, 2, 5], [1, 4], [3], [6]]
     assert list(plan(samples, 4)) == [[0, 2, 5], [1, 4, 3, 6]]
     assert list(plan(samples, 64)) == [[0, 2, 5, 1, 4, 3, 6]]
+
+
+def test_long_texts_run_in_smaller_batches_longest_first() -> None:
+    refs = [ref for _, ref in pictures(6)]
+    words = ["?", "?", "?" * 3 * 500, "?", "?" * 3 * 5000, "?"]  # about a token for three letters
+    samples = [
+        Sample([user(text, 1)], [ref], id=f"{i}")
+        for i, (text, ref) in enumerate(zip(words, refs, strict=True))
+    ]
+    assert [row_tokens(s) for s in samples] == [9, 9, 508, 9, 5008, 9]
+    # 4 x 512 tokens: the longest runs alone, and four rows of 508 fit
+    assert list(plan(samples, 4)) == [[4], [2, 0, 1, 3], [5]]
+    # an image of 600 tokens leaves room for three of four such rows
+    tokens = [row_tokens(s, 600) for s in samples]
+    assert list(plan(samples, 4, tokens)) == [[4], [2], [0, 1, 3], [5]]
+    assert row_tokens(samples[0], 600, ["yes", "no"]) == 600 + 2 * (9 + 9)
+    # all questions of one image stay a batch, whose pieces fit
+    same = [replace(s, images=refs[:1]) for s in samples]
+    assert list(plan(same, 4)) == [[0, 1, 2, 3, 4, 5]]
+    assert list(pieces(same, 4, [600] * 6)) == [[0, 1, 2], [3, 4, 5]]
+    assert list(pieces(same, 1, [600] * 6)) == [[i] for i in range(6)]
 
 
 def test_image_subset_has_the_asked_size() -> None:

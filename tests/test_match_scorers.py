@@ -161,3 +161,18 @@ def test_retrieval_is_reranked_and_its_ceiling_counts_the_shortlist(pictures):
     # captions: a lists 2, 0; b lists 1, 0; c lists 1, 2
     assert metrics["b/t2i_r1"]["value"] == 1.0 and metrics["b/t2i_r1"]["scorer"] == "match"
     assert len(head.read) == len(set(head.read)) == 7, "(0, c) and (1, a) are on no list"
+
+
+def test_a_fold_has_shortlists_of_its_own_and_no_pair_is_read_twice(pictures):
+    captions = ["a", "b", "c"]
+    head = Head([[0.5, 0.6, 0.0], [0.1, 0.7, 0.2], [0.9, 0.3, 0.2]], np.zeros((3, 3)), captions)
+    samples = [
+        Sample([user("", 1), assistant(c)], [pictures[i]], id=c, cluster=c)
+        for i, c in enumerate(captions)
+    ]
+    toy = RetrievalBenchmark(samples, [MatchRetrieve(1, k_test=1)], fold_size=1)
+    metrics = evaluate(head, {"b": toy}, None, progress=False)["metrics"]
+    # of all: 0b, 1b, 2a and, for captions, 2a, 1b, 1c; in folds of one image also 0a and 2c
+    assert len(head.read) == len(set(head.read)) == 6
+    assert metrics["b/i2t_r1"]["value"] == pytest.approx(1 / 3, abs=1e-6)
+    assert metrics["b/i2t_r1_1"]["value"] == metrics["b/t2i_r1_1"]["ceiling"] == 1.0

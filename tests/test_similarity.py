@@ -83,6 +83,47 @@ def test_equal_captions_of_different_images_lower_the_ceiling():
         assert entry["value"] == pytest.approx(expected, abs=1e-6)
 
 
+class Table(Eyes):
+    """Cosines written down: the vector of image i is its row, that of caption j the j-th unit."""
+
+    rows = ((0.9, 0.1, 0.3, 0.8), (0.2, 0.3, 0.8, 0.1), (0.95, 0.4, 0.5, 0.6), (0.1, 0.7, 0.2, 0.0))
+
+    def embed_images(self, refs):
+        self.vision_calls += len(refs)
+        return torch.tensor([self.rows["abcde".index(ref.name)] for ref in refs])[:, None]
+
+    def embed_texts(self, texts):
+        return torch.eye(4)[["abcde".index(text) for text in texts]]
+
+
+def test_folds_are_galleries_of_their_own_and_are_averaged():
+    samples = []
+    for i, name in enumerate("abcd"):
+        made = Image.new("RGB", (2, 2), (i, 0, 0))
+        ref = ImageRef.from_picture(made, name)
+        samples.append(Sample([user("", 1), assistant(name)], [ref], id=name, cluster=name))
+    model = Table()
+    metrics = score(model, RetrievalBenchmark(samples, fold_size=2))
+    assert model.vision_calls == 4, "each image is encoded once for all galleries"
+    values = {key.partition("/")[2]: entry["value"] for key, entry in metrics.items()}
+    # of four: images a, b, c, d find captions a, c, a, b; captions find images c, d, b, a
+    assert (values["i2t_r1"], values["t2i_r1"]) == (0.25, 0.0)
+    # of a, b: both images are right, and both captions; of c, d: neither image, and caption c
+    assert metrics["b/i2t_r1_2"]["folds"] == [1.0, 0.0]
+    assert metrics["b/t2i_r1_2"]["folds"] == [1.0, 0.5]
+    assert (values["i2t_r1_2"], values["t2i_r1_2"]) == (0.5, 0.75)
+    assert values["i2t_r5_2"] == values["t2i_r10_2"] == 1.0
+    assert values["mean_recall_2"] == pytest.approx((0.5 + 0.75 + 4) / 6, abs=1e-6)
+    fold = metrics["b/t2i_r1_2"]
+    assert (fold["chance"], fold["n"], fold["rule"][-13:]) == (0.5, 4, "mean of folds")
+    assert 0 <= fold["low"] < 0.75 < fold["high"] <= 1
+    assert metrics["b/i2t_r1"]["chance"] == 0.25
+    alone = score(Table(), RetrievalBenchmark(samples))
+    assert {k: alone[k]["value"] for k in alone} == {k: metrics[k]["value"] for k in alone}
+    short = score(Table(), RetrievalBenchmark(samples[:3], fold_size=2))
+    assert not any(key.endswith("_2") for key in short), "one fold is no average"
+
+
 def test_one_point_for_everything_scores_chance_in_any_order():
     samples = [pair(c, f"{c} {i}", i) for i, c in enumerate(["red", "green", "blue", "white"] * 5)]
     order = np.random.default_rng(0).permutation(20)

@@ -188,3 +188,34 @@ def test_a_sink_that_fails_says_so_once_and_the_run_goes_on(tmp_path, monkeypatc
     assert capsys.readouterr().out == (
         "W&B: no space left on device; the run goes on, metrics.jsonl is complete\n"
     )
+
+
+def test_no_sink_takes_a_row_twice(tmp_path, monkeypatch):
+    import wandb
+
+    sent = []
+
+    class Run:
+        id = "x"
+
+        def define_metric(self, *args, **options):
+            pass
+
+        def log(self, row):
+            sent.append(row)
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb, "init", lambda **options: Run())
+    for logger in (RunLogger(tmp_path), WandbSink(tmp_path)):
+        logger.log_metrics({"loss": 1.0}, step=7)  # a checkpoint had it written
+        logger.log_metrics({"loss": 1.0}, step=7)  # Lightning's own turn
+        logger.log_metrics({"loss": 1.0, "epoch": 0}, step=7)
+        logger.log_metrics({"val": 2.0}, step=7)
+        logger.log_metrics({"loss": 1.0}, step=8)
+        logger.log_metrics({"note": 1.0})
+        logger.log_metrics({"note": 1.0})
+    rows = [{k: v for k, v in r.items() if k != "time"} for r in read_metrics(tmp_path)]
+    expected = [{"loss": 1.0}, {"epoch": 0}, {"val": 2.0}]
+    expected = [row | {"step": 7} for row in expected] + [{"loss": 1.0, "step": 8}]
+    assert sent == [*expected, {"note": 1.0}, {"note": 1.0}]
+    assert rows == [*expected, {"note": 1.0, "step": None}, {"note": 1.0, "step": None}]

@@ -35,6 +35,7 @@ OPEN = (
     "peft.options",
     "model.trains",
     "model.options",
+    "judge.model.options",
     "optim.parts",
     "objective.weights",
     "data.train.sets",

@@ -49,7 +49,7 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    names = ("pytorch_lightning", "bitsandbytes", "pytorch_lightning.utilities.rank_zero")
+    names = ("pytorch_lightning", "bitsandbytes", "pytorch_lightning.utilities.rank_zero", "httpx")
     for name in (*names, "pytorch_lightning.trainer.connectors"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # said on purpose by this project: frozen parts are in eval, the module moves the batch

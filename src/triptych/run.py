@@ -146,7 +146,7 @@ def evaluate_only(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) 
     if cfg.rescore is not None:
         if cfg.run is not None or cfg.model is not None:
             raise TriptychError("rescore=DIR takes all it needs from DIR; leave out run and model.")
-        before, after = rescore_folder(Path(cfg.rescore))
+        before, after = rescore_folder(Path(cfg.rescore), cfg.judge)
         print(format_table({"before": before, "rescored": after}))
         return headline(after)
     start()

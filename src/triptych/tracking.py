@@ -24,6 +24,23 @@ METRICS = "metrics.jsonl"
 SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
+class Repeats:
+    """Knows the row of a step that was logged last: a checkpoint has it written before Lightning's
+    own turn, which then brings it again.
+    """
+
+    def __init__(self) -> None:
+        self._step: int | None = None
+        self._seen: set[str] = set()
+
+    def without(self, values: dict[str, Any], step: int | None) -> dict[str, Any]:
+        """What of a row is new: all of it, or what a repetition adds."""
+        if step is not None and step == self._step and self._seen <= values.keys():
+            return {key: value for key, value in values.items() if key not in self._seen}
+        self._step, self._seen = step, set(values)
+        return values
+
+
 class RunLogger(Logger):
     """Writes FOLDER/metrics.jsonl: a row `{"step", "time", metric: value ...}`, flushed at once.
 
@@ -38,7 +55,7 @@ class RunLogger(Logger):
         self._earlier = 0  # rows that earlier processes have written
         self._repeats: int | None = None  # the step at which a continued run writes again
         self._offset = 0.0
-        self._last: tuple[int | None, set[str]] = (None, set())
+        self._repeated = Repeats()
         self._start = time.monotonic()
 
     @property
@@ -64,13 +81,9 @@ class RunLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self._open()
         values = {key: _plain(value) for key, value in metrics.items()}
-        if step is not None and step == self._last[0] and self._last[1] <= values.keys():
-            # a checkpoint had this row written before Lightning's own turn
-            values = {key: value for key, value in values.items() if key not in self._last[1]}
-            if not values:
-                return
-        else:
-            self._last = step, set(values)
+        values = self._repeated.without(values, step)
+        if not values:
+            return
         if step is not None and step == self._repeats:
             self._rewrite(lambda at, row: at >= self._earlier or not _same(row, step, values))
         now = round(self._offset + time.monotonic() - self._start, 3)

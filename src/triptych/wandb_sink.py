@@ -10,6 +10,8 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from triptych.tracking import Repeats
+
 
 class WandbSink(Logger):
     """Sends what the run logs to Weights & Biases, and never stops or delays it.
@@ -37,6 +39,7 @@ class WandbSink(Logger):
         self._finish_timeout = finish_timeout
         self._reported = False
         self._begun = False
+        self._repeated = Repeats()
         self._run: Any = None
         self._environment: list[str] = []  # the variables this sink has set
         self._config = config
@@ -73,9 +76,10 @@ class WandbSink(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        if run := self.experiment:
+        values = self._repeated.without(dict(metrics), step)
+        if values and (run := self.experiment):
             # W&B's own step only counts calls, and refuses to go back: ours is a metric.
-            self._guard(lambda: run.log(dict(metrics) | ({} if step is None else {"step": step})))
+            self._guard(lambda: run.log(values | ({} if step is None else {"step": step})))
 
     @rank_zero_only
     def log_samples(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from triptych.distributed import rank, wait, world
 from triptych.evaluation.identity import digest
-from triptych.evaluation.planning import plan
+from triptych.evaluation.planning import plan, row_tokens
 from triptych.evaluation.predictor import Predictor
 from triptych.evaluation.scorers import Outcome, Scorer
 from triptych.evaluation.store import Answers
@@ -77,7 +77,10 @@ def batches_of(scorer: Scorer, predictor: Predictor, samples: Sequence[Sample]) 
     """Rows that run together; scorers that compare all samples with each other take one batch."""
     if getattr(scorer, "whole", False):
         return [list(range(len(samples)))]
-    return list(plan(samples, predictor.batch_size))
+    ranked = scorer.needs in ("loglikelihood", "sentences")  # all candidates stand in a row
+    image = getattr(predictor, "image_tokens", 0)
+    tokens = [row_tokens(s, image, s.candidates if ranked else ()) for s in samples]
+    return list(plan(samples, predictor.batch_size, tokens))
 
 
 def summary(times: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> dict[str, Any]:

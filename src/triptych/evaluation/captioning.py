@@ -24,8 +24,8 @@ from triptych.evaluation.spread import with_spread
 from triptych.evaluation.wording import Ask
 from triptych.types import Sample
 
-SPICE = "spice (needs CoreNLP models that no package ships)"
-METEOR = "meteor (needs Java and pycocoevalcap)"
+SPICE = {"spice": "needs Java and CoreNLP models that no package ships"}
+METEOR = {"meteor": "needs Java and pycocoevalcap"}
 
 
 class CaptionBenchmark:
@@ -48,12 +48,12 @@ class CaptionBenchmark:
     ) -> None:
         self.samples, self.train, self.tokenizer = samples, train, tokenizer
         self.scorers = list(scorers) if scorers else [Ask(max_new_tokens, dict(decoding or {}))]
-        self.left_out = [SPICE] + ([] if meteor_available() else [METEOR])
+        self.left_out = SPICE | ({} if meteor_available() else METEOR)
 
     @property
     def notes(self) -> list[str]:
         """What the evaluator says before it starts."""
-        return [f"left out: {name}" for name in self.left_out]
+        return [f"left out: {name}, which {why}" for name, why in self.left_out.items()]
 
     @cached_property
     def blind_ids(self) -> list[str]:
@@ -108,7 +108,7 @@ class CaptionBenchmark:
         }
         for name, entry in made.items():
             rule = RULES.get("bleu" if name.startswith("bleu") else name, (name,))[0]
-            entry |= shared | {"rule": rule, "left_out": self.left_out}
+            entry |= shared | {"rule": rule}
         if all("objects" in record for record in records):
             made |= self._chair(records, said, gold)
         return made

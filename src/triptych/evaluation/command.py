@@ -17,6 +17,7 @@ from triptych.distributed import rank, wait
 from triptych.evaluation.card.write import after_evaluation
 from triptych.evaluation.contamination import watch_all
 from triptych.evaluation.identity import config_facts, file_hashes
+from triptych.evaluation.llm_judge import KEY
 from triptych.evaluation.model_predictor import ModelPredictor
 from triptych.evaluation.predictor import Predictor
 from triptych.evaluation.records import Results
@@ -106,11 +107,15 @@ def score(
         out.mkdir(parents=True, exist_ok=True)
         asked = {"benchmark": cfg.benchmark if nodes is None else nodes, "eval": settings}
         asked |= {"run": cfg.get("run"), "clean": bool(cfg.eval.get("clean", False))}
+        asked["judge"] = cfg.get("judge")
         OmegaConf.save(OmegaConf.create(asked), out / SETTINGS, resolve=True)
         if not (out / "system.json").exists():  # of a training run it holds more
             (out / "system.json").write_text(json.dumps(system_info(), indent=1, default=str))
     wait()
     set_decoding(benchmarks, cfg.eval, predictor)
+    llm = (
+        build(cfg.judge) if cfg.get("judge") else None
+    )  # before the model is asked: it needs a key
     if cfg.eval.get("clean", False):
         benchmarks = watch_all(benchmarks, *_trained(cfg, out))
     results = evaluate(
@@ -120,6 +125,7 @@ def score(
         identity=identity,
         left_out=left_out or {},
         before=before,
+        llm=llm,
         **settings,
     )
     if rank() == 0:
@@ -152,22 +158,36 @@ def _trained(cfg: DictConfig, out: Path) -> tuple[DictConfig | None, Path | None
     return OmegaConf.load(find_bundle(cfg.run) / "config.yaml"), Path(cfg.run)
 
 
-def rescore_folder(folder: Path) -> tuple[Results, Results]:
-    """Judge stored answers anew under the present rules: the results before, and after."""
+def rescore_folder(folder: Path, judge: DictConfig | None = None) -> tuple[Results, Results]:
+    """Judge stored answers anew under the present rules: the results before, and after.
+
+    judge: an LLM judge that is added, or takes the place of the one the folder had.
+    """
     from triptych.evaluation.records import read_results
 
     path = folder / SETTINGS
     if not path.is_file():
         raise TriptychError(f"rescore={folder}: there is no {SETTINGS}; give a folder of results.")
     asked = OmegaConf.load(path)
+    if judge is not None:
+        asked.judge = judge
     before = read_results(folder)
     benchmarks, left_out = build_benchmarks(asked.benchmark)
+    llm = None
+    try:
+        llm = build(asked.judge) if asked.get("judge") else None
+    except TriptychError as error:
+        if judge is not None:
+            raise
+        left_out |= {f"{name}/{KEY}": str(error) for name in benchmarks}  # no key: the rest stands
     if asked.get("clean", False):
         places = (folder, folder.parent, folder.parent.parent)  # a run, its before/, its eval/HASH
         runs = [p for p in places if (p / "bundle" / "config.yaml").is_file()]
         trained = OmegaConf.load(runs[0] / "bundle" / "config.yaml") if runs else None
         benchmarks = watch_all(benchmarks, trained, runs[0] if runs else None)
-    after = rescore(benchmarks, folder, left_out=left_out, **asked.eval)
+    after = rescore(benchmarks, folder, left_out=left_out, llm=llm, **asked.eval)
+    if judge is not None:
+        OmegaConf.save(asked, path)
     return before, after
 
 

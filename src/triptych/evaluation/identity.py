@@ -30,7 +30,7 @@ INFERENCE = ("models", "parts", "data", "types.py", "adapt.py", "objectives/toke
 INFERENCE += tuple(
     f"evaluation/{name}.py"
     for name in ("model_predictor", "planning", "predictor", "scorers", "similarity", "baselines")
-    + ("matching", "card/scorers", "card/scenes")
+    + ("matching", "retrieving", "card/scorers", "card/scenes")
 )
 SCORING = ("evaluation/metrics", "evaluation/parsers.py", "evaluation/baselines.py")
 SIZE = 16  # hexadecimal digits of a hash

@@ -7,15 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from triptych.evaluation.benchmark import Benchmark, Metrics, Record
-from triptych.evaluation.identity import scoring_facts
+from triptych.evaluation.identity import digest, scoring_facts
+from triptych.evaluation.llm_judge import KEY, LlmJudge, needs_judging
 from triptych.evaluation.scorers import FAILED, Outcome
 from triptych.evaluation.task import Task
-from triptych.types import Sample
+from triptych.types import Sample, TriptychError
 
 
 @dataclass
 class Judged:
-    """One benchmark under one scorer; `facts` says what its answers and its numbers depend on."""
+    """One benchmark under one scorer; `facts` says what its answers and its numbers depend on.
+
+    left_out: metrics that could not be computed, and why.
+    """
 
     samples: Sequence[Sample]
     records: list[Record]
@@ -23,6 +27,7 @@ class Judged:
     facts: dict[str, Any]
     suffix: str = ""  # "@scorer" if it is not the benchmark's first
     timing: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def judge(
@@ -32,18 +37,28 @@ def judge(
     rows: Sequence[int],
     permuted: Sequence[Sample],
     seen: Sequence[Outcome],
+    llm: LlmJudge | None = None,
 ) -> Judged:
-    """Records and metrics of the model and of the two baselines, by the same functions."""
+    """Records and metrics of the model and of the two baselines, by the same functions.
+
+    llm: grades answers in free words once more; where it cannot, `left_out` says why.
+    """
     benchmark, samples = task.benchmark, task.samples
     records = [_record(benchmark, s, o) for s, o in zip(samples, outcomes, strict=True)]
     words = task.guesses()
     guesses = [benchmark.record(s, Outcome(w, w)) for s, w in zip(samples, words, strict=False)]
     blind = [_record(benchmark, s, o) for s, o in zip(permuted, seen, strict=True)]
-    joined = _join(
-        benchmark.metrics(records),
-        prior=benchmark.metrics(guesses) if guesses else {},
-        blind=benchmark.metrics(blind) if blind else {},
-    )
+    left_out = {f"{task.name}/{k}": v for k, v in getattr(benchmark, "left_out", {}).items()}
+    judges: LlmJudge | None = None
+    if llm is not None:
+        try:
+            if not needs_judging(benchmark, records, outcomes):
+                raise TriptychError(f"the scorer {header['scorer']} leaves nothing to judge.")
+            llm.mark(task.name, records, guesses, blind)
+            judges = llm
+        except TriptychError as error:  # the benchmark's own numbers stand without it
+            left_out[f"{task.name}/{KEY}{header['suffix']}"] = str(error)
+    joined = _join(*(_metrics(benchmark, rows, judges) for rows in (records, guesses, blind)))
     scoring = scoring_facts(benchmark, samples, words)
     hashes = {"inference_hash": header.get("hash"), "scoring_hash": scoring["hash"]}
     scorer, suffix = header["scorer"], header["suffix"]
@@ -60,7 +75,19 @@ def judge(
     for row, record in zip(rows, blind, strict=False):
         records[row]["blind"] = record["parsed"] or ""
     facts = {"inference": dict(header), "scoring": scoring}
-    return Judged(samples, records, metrics, facts, suffix)
+    if judges is not None:
+        facts["judge"] = judges.facts()
+        both = digest([scoring["hash"], facts["judge"]["hash"]])
+        metrics[f"{task.name}/{KEY}{suffix}"]["scoring_hash"] = both
+    return Judged(samples, records, metrics, facts, suffix, left_out=left_out)
+
+
+def _metrics(benchmark: Benchmark, records: list[Record], llm: LlmJudge | None) -> Metrics:
+    """The benchmark's metrics, and the judge's if there is one."""
+    if not records:
+        return {}
+    judged = {} if llm is None else {KEY: llm.metric(records)}
+    return benchmark.metrics(records) | judged
 
 
 def _record(benchmark: Benchmark, sample: Sample, outcome: Outcome) -> Record:
@@ -80,8 +107,9 @@ def _failures(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return {word: round(states.count(s) / len(outcomes), 6) for s, word in names.items()}
 
 
-def _join(metrics: Metrics, **baselines: Metrics) -> Metrics:
+def _join(metrics: Metrics, prior: Metrics, blind: Metrics) -> Metrics:
     """Write each baseline's value, interval and n beside the score of the same key."""
+    baselines = {"prior": prior, "blind": blind}
     joined: Metrics = {}
     for key, entry in metrics.items():
         entry = dict(entry)

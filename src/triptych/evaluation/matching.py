@@ -14,8 +14,9 @@ import numpy as np
 
 from triptych.evaluation.metrics import rerank_with_match, shortlist
 from triptych.evaluation.predictor import Predictor
+from triptych.evaluation.retrieving import Gallery, Retrieve, within
 from triptych.evaluation.scorers import Outcome
-from triptych.evaluation.similarity import Retrieve, Similarity, best, cosines
+from triptych.evaluation.similarity import Similarity, best, cosines
 from triptych.types import ImageRef, Sample
 
 YES = 1  # the match head's column for "this text describes this image"
@@ -64,7 +65,7 @@ class MatchRetrieve(Retrieve):
     """Retrieval both ways with a shortlist of `k_test` a query; the rest is never returned.
 
     The ceiling beside each recall counts what the shortlist lost. Each pair is read once, though
-    both directions may have listed it.
+    both directions and a fold may have listed it. A fold has shortlists of its own.
     """
 
     k_test: int = 128
@@ -72,27 +73,40 @@ class MatchRetrieve(Retrieve):
     needs: str = "match"
 
     def scores(
-        self, predictor: Predictor, refs: Sequence[ImageRef], captions: Sequence[str]
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self,
+        predictor: Predictor,
+        refs: Sequence[ImageRef],
+        captions: Sequence[str],
+        galleries: Sequence[Gallery],
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Logit + cosine on each direction's own shortlist, -inf elsewhere: (U,C) and (C,U)."""
         with encoding_once(predictor):
-            return self._scores(predictor, refs, captions)
+            return self._scores(predictor, refs, captions, galleries)
 
     def _scores(
-        self, predictor: Predictor, refs: Sequence[ImageRef], captions: Sequence[str]
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self,
+        predictor: Predictor,
+        refs: Sequence[ImageRef],
+        captions: Sequence[str],
+        galleries: Sequence[Gallery],
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         cosine = cosines(predictor.embed_images(refs), predictor.embed_texts(captions))
         asked = np.zeros(cosine.shape, bool)
-        np.put_along_axis(asked, shortlist(cosine, self.k_test), True, axis=1)
-        np.put_along_axis(asked.T, shortlist(cosine.T, self.k_test), True, axis=1)
+        for gallery in galleries:
+            near = within(cosine, gallery)
+            listed = np.zeros(near.shape, bool)
+            np.put_along_axis(listed, shortlist(near, self.k_test), True, axis=1)
+            np.put_along_axis(listed.T, shortlist(near.T, self.k_test), True, axis=1)
+            asked[np.ix_(*gallery)] |= listed
         rows, columns = np.nonzero(asked)  # image by image
         pairs = [refs[i] for i in rows], [captions[j] for j in columns]
         logits = np.zeros(cosine.shape)
         logits[rows, columns] = predictor.match(*pairs)[:, YES].numpy()
-        return (
-            rerank_with_match(cosine, logits, self.k_test),
-            rerank_with_match(cosine.T, logits.T, self.k_test),
-        )
+        found = [(within(cosine, gallery), within(logits, gallery)) for gallery in galleries]
+        return [
+            (rerank_with_match(c, m, self.k_test), rerank_with_match(c.T, m.T, self.k_test))
+            for c, m in found
+        ]
 
 
 def encoding_once(predictor: Predictor) -> AbstractContextManager:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triptych.evaluation.planning import plan
+from triptych.evaluation.planning import pieces, row_tokens
 from triptych.evaluation.predictor import Score
 from triptych.objectives.tokens import written
 from triptych.parts.attention import predecessors
@@ -51,6 +51,11 @@ class ModelPredictor:
         self.vision_calls = 0
         self.generated_tokens = 0
         self._kept: dict[str, ImageFeatures] | None = None  # inside `keeping` alone
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of a row that one image takes, as far as the processor knows beforehand."""
+        return getattr(self.processor, "placeholders", 0)
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -115,7 +120,7 @@ class ModelPredictor:
             return batch
 
         with _evaluating(self.model):
-            for rows, batch in self._batches(samples, collate):
+            for rows, batch in self._batches(samples, collate, candidates):
                 sums, counts = self._answer_sums(batch)
                 at = 0
                 for row in rows:
@@ -226,15 +231,19 @@ class ModelPredictor:
         return f"{what} reaches data.max_length={limit} tokens and may be cut; raise it."
 
     def _batches(
-        self, samples: Sequence[Sample], collate: Callable[[list[int]], Batch]
+        self,
+        samples: Sequence[Sample],
+        collate: Callable[[list[int]], Batch],
+        candidates: Sequence[Sequence[str]] = (),
     ) -> Iterator[tuple[list[int], Batch]]:
-        """Rows of `samples` with their batch, images encoded, at most `batch_size` at a time."""
+        """Rows of `samples` with their batch, images encoded, as many at a time as `pieces`."""
         kept: dict[str, ImageFeatures] = {}  # lives for one call: weights may change after it
-        for group in plan(samples, self.batch_size):
-            for start in range(0, len(group), self.batch_size):
-                rows = group[start : start + self.batch_size]
-                batch = collate(rows).to(self.device)
-                yield rows, self._encode(batch, kept)
+        named = candidates or [()] * len(samples)
+        pairs = zip(samples, named, strict=True)
+        tokens = [row_tokens(sample, self.image_tokens, names) for sample, names in pairs]
+        for rows in pieces(samples, self.batch_size, tokens):
+            batch = collate(rows).to(self.device)
+            yield rows, self._encode(batch, kept)
 
     def _encode(self, batch: Batch, kept: dict[str, ImageFeatures]) -> Batch:
         """The batch with its images' features; those of the batch before are used again."""

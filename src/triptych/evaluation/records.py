@@ -34,6 +34,10 @@ def merge_results(path: Path, results: Results) -> Results:
     if path.exists():
         merged = json.loads(path.read_text(encoding="utf-8"))
     merged["metrics"] = {**merged["metrics"], **results["metrics"]}
+    new = {key.split("/")[0] for key in results["metrics"]}
+    said = {k: v for k, v in merged.pop("left_out", {}).items() if k.split("/")[0] not in new}
+    if said | results.get("left_out", {}):
+        merged["left_out"] = said | results.get("left_out", {})
     write_json(path, merged)
     return merged
 
@@ -64,7 +68,7 @@ def format_table(results: dict[str, Results]) -> str:
     """Several results side by side, a row a metric, in percent with the 95 % interval.
 
     `results` maps a label ("before", "after", a run's name) to a results dict. Baselines are those
-    of the last results that have them.
+    of the last results that have them. Below stands what was left out, and why.
     """
     keys = list(dict.fromkeys(key for r in results.values() for key in r["metrics"]))
     entries = [entry for r in results.values() for entry in r["metrics"].values()]
@@ -75,7 +79,9 @@ def format_table(results: dict[str, Results]) -> str:
         merged = {k: v for entry in entries for k, v in entry.items() if v is not None}
         row = [key, f"{merged['n']:,}", *map(_with_interval, entries)]
         rows.append(row + [_percent(merged.get(name)) for name in beside])
-    return _aligned(rows, left=1)
+    said = {k: v for r in results.values() for k, v in r.get("left_out", {}).items()}
+    lines = [f"{name} was left out: {why}" for name, why in said.items()]
+    return "\n".join([_aligned(rows, left=1), *lines])
 
 
 def runs_table(results: dict[str, Results]) -> str:

@@ -16,6 +16,7 @@ from triptych.evaluation.benchmark import Benchmark
 from triptych.evaluation.gallery import write_gallery
 from triptych.evaluation.identity import inference_facts, model_facts
 from triptych.evaluation.judging import Judged, judge
+from triptych.evaluation.llm_judge import LlmJudge
 from triptych.evaluation.predictor import Predictor
 from triptych.evaluation.records import (
     Results,
@@ -42,6 +43,7 @@ def evaluate(
     identity: Identity | None = None,
     left_out: Mapping[str, str] | None = None,
     before: Path | None = None,
+    llm: LlmJudge | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Results:
@@ -52,8 +54,8 @@ def evaluate(
     a killed one stopped, and ends in the same bytes; several processes share the work. With
     out=None nothing is written and every process asks for itself. Of several benchmarks, those that
     the model cannot do are left out, and the results say so beside what the caller had to leave
-    out. before: a folder that an earlier call wrote, whose answers stand beside the new ones. No
-    outcome depends on the batch size.
+    out. before: a folder that an earlier call wrote, whose answers stand beside the new ones. llm:
+    a judge of answers in free words. No outcome depends on the batch size.
     """
     chosen = Settings(**settings)
     say = partial(print, flush=True) if progress and rank() == 0 else _silent
@@ -71,7 +73,7 @@ def evaluate(
             continue
         task = Task(name, benchmark, chosen)
         for scorer, suffix in scorers:
-            runs.append(_asked(task, scorer, suffix, predictor, out, facts, say))
+            runs.append(_asked(task, scorer, suffix, predictor, out, facts, llm, say))
     if not runs:
         raise TriptychError("; ".join(left_out.values()) or "there is no benchmark to run.")
     return share(_write(runs, left_out, out, chosen.seed, before=before) if rank() == 0 else None)
@@ -81,6 +83,7 @@ def rescore(
     benchmarks: dict[str, Benchmark],
     out: Path,
     left_out: Mapping[str, str] | None = None,
+    llm: LlmJudge | None = None,
     **settings: Any,
 ) -> Results:
     """Judge the answers that are stored in `out` anew, with no model; same answers, same bytes."""
@@ -99,10 +102,9 @@ def rescore(
         seen: list[Outcome] = []
         if permuted:
             seen = stored_answers(folder, f"{header['file']}.blind", [s.id for s in permuted])
-        run = judge(task, header, outcomes, rows, permuted, seen)
-        runs.append(run)
+        runs.append(judge(task, header, outcomes, rows, permuted, seen, llm))
     there, stored = {header["benchmark"] for header in own}, read_results(out)
-    said = {k: v for k, v in stored.get("left_out", {}).items() if k not in there}
+    said = {k: v for k, v in stored.get("left_out", {}).items() if k.split("/")[0] not in there}
     others = {k: v for k, v in stored["metrics"].items() if k.split("/")[0] not in there}
     before = out / "before" if (out / "before" / "samples.parquet").exists() else None
     return _write(runs, said | dict(left_out or {}), out, chosen.seed, others, before)
@@ -115,6 +117,7 @@ def _asked(
     predictor: Predictor,
     out: Path | None,
     facts: Identity,
+    llm: LlmJudge | None,
     say: Callable[[str], None],
 ) -> Judged:
     """Ask the model, then ask it again with permuted images, and judge both."""
@@ -152,7 +155,7 @@ def _asked(
         seen, timing["blind"] = answers(permuted, "blind", f"{name} blind")
     if rank() > 0:
         return Judged([], [], {}, {}, suffix)
-    run = judge(task, header, outcomes, rows, permuted, seen)
+    run = judge(task, header, outcomes, rows, permuted, seen, llm)
     run.timing = timing
     return run
 
@@ -171,8 +174,9 @@ def _write(
     """
     metrics = {k: v for run in runs for k, v in run.metrics.items()}
     results: Results = {"metrics": {**(others or {}), **metrics}}
-    if left_out:
-        results["left_out"] = dict(left_out)
+    said = dict(left_out) | {k: v for run in runs for k, v in run.left_out.items()}
+    if said:
+        results["left_out"] = said
     if out is None:
         return results
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Scorers of models that embed: closed answers, classes and captions are ranked by their cosine.
+"""Scorers of models that embed: closed answers and classes are ranked by their cosine.
 
 They take all samples at once (`whole`), so that every distinct image and text is embedded once.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import comb
 
 import numpy as np
 import torch
@@ -17,14 +16,10 @@ from triptych.evaluation.baselines import question_of
 from triptych.evaluation.metrics import (
     ensemble_prompts,
     linear_probe,
-    retrieval_hits,
-    retrieval_ranks,
 )
 from triptych.evaluation.predictor import Predictor
 from triptych.evaluation.scorers import Outcome
 from triptych.types import ImageRef, Sample, TriptychError
-
-KS = (1, 5, 10)
 
 
 @dataclass
@@ -42,7 +37,7 @@ class Similarity:
 
     def ask(self, predictor: Predictor, samples: Sequence[Sample]) -> list[Outcome]:
         """The best candidate of each sample, with all cosines in the candidates' order."""
-        images, row = embed_images(predictor, [_only_image(s, self.name) for s in samples])
+        images, row = embed_images(predictor, [only_image(s, self.name) for s in samples])
         captions = [self.captions(sample) for sample in samples]
         texts, column = _embed_texts(predictor, [c for row in captions for c in row])
         outcomes = []
@@ -75,7 +70,7 @@ class ClassSimilarity:
 
     def ask(self, predictor: Predictor, samples: Sequence[Sample]) -> list[Outcome]:
         """The best class of each sample, with its cosine to every class."""
-        images, row = embed_images(predictor, [_only_image(s, self.name) for s in samples])
+        images, row = embed_images(predictor, [only_image(s, self.name) for s in samples])
         weights: dict[tuple[str, ...], Tensor] = {}
         outcomes = []
         for i, sample in enumerate(samples):
@@ -88,51 +83,6 @@ class ClassSimilarity:
                 )
             outcomes.append(best(classes, cosines(images[row[i]][None], weights[classes])[0]))
         return outcomes
-
-
-@dataclass
-class Retrieve:
-    """Ranks all captions for every image, and all images for every caption."""
-
-    name: str = "similarity"
-    needs: str = "embed"
-    whole: bool = True
-
-    def ask(self, predictor: Predictor, samples: Sequence[Sample]) -> list[Outcome]:
-        """Hits, ranks, chance and ceiling of each caption; those of an image on its first one.
-
-        The ceiling is what a perfect model reaches although captions of different images are equal.
-        """
-        refs = {s.images[0].key: s.images[0] for s in samples if _only_image(s, self.name)}
-        row = {key: i for i, key in enumerate(refs)}
-        owner = [row[s.images[0].key] for s in samples]
-        captions = list(dict.fromkeys(sample.text for sample in samples))
-        place = {caption: i for i, caption in enumerate(captions)}
-        column = [place[sample.text] for sample in samples]
-        says = np.zeros((len(refs), len(captions)), np.float32)
-        says[owner, column] = 1
-        to_texts, to_images = self.scores(predictor, list(refs.values()), captions)  # (U,C), (C,U)
-        own = [np.flatnonzero(np.equal(owner, u)) for u in range(len(refs))]
-        sides = {
-            "i2t": _side(to_texts[:, column], own, says[:, column]),
-            "t2i": _side(to_images[column], owner, says.T[column]),
-        }
-        names = [ref.name for ref in refs.values()]
-        outcomes = []
-        for j, found in enumerate(to_images[column].argmax(1)):
-            facts = {f"t2i_{key}": value[j] for key, value in sides["t2i"].items()}
-            first = own[owner[j]][0] == j
-            for key, value in sides["i2t"].items():
-                facts[f"i2t_{key}"] = value[owner[j]] if first else None
-            outcomes.append(Outcome(names[int(found)], extra=facts))
-        return outcomes
-
-    def scores(
-        self, predictor: Predictor, refs: Sequence[ImageRef], captions: Sequence[str]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """How well each image fits each caption, (U,C), and each caption each image, (C,U)."""
-        cosine = cosines(predictor.embed_images(refs), predictor.embed_texts(captions))
-        return cosine, cosine.T
 
 
 @dataclass
@@ -150,7 +100,7 @@ class Probe:
         sets = []
         for part in (self.train, samples):
             rows = [part[i] for i in range(len(part))]
-            features = predictor.features([_only_image(s, self.name) for s in rows])
+            features = predictor.features([only_image(s, self.name) for s in rows])
             sets += [features.numpy(), np.array([str(s.target) for s in rows])]
         fitted = linear_probe(*sets, c=self.c)
         facts = {"c": fitted["c"], "recipe": fitted["recipe"]}
@@ -182,22 +132,8 @@ def best(candidates: Sequence[str], scores: np.ndarray) -> Outcome:
     return Outcome(choice, choice or None, scores.tolist())
 
 
-def _side(scores: np.ndarray, right: Sequence, perfect: np.ndarray) -> dict[str, list[float]]:
-    """What each query of one direction finds, by chance and at best; -inf is never returned."""
-    perfect = np.where(np.isneginf(scores), -np.inf, perfect)
-    hits, best = retrieval_hits(scores, right, KS), retrieval_hits(perfect, right, KS)
-    size = scores.shape[1]
-    found: dict[str, list[float]] = {"rank": retrieval_ranks(scores, right).tolist()}
-    for column, k in enumerate(KS):
-        found[f"r{k}"] = hits[:, column].tolist()
-        found[f"r{k}_ceiling"] = best[:, column].tolist()
-        found[f"r{k}_chance"] = [
-            1 - comb(size - np.size(r), min(k, size)) / comb(size, min(k, size)) for r in right
-        ]
-    return found
-
-
-def _only_image(sample: Sample, scorer: str) -> ImageRef:
+def only_image(sample: Sample, scorer: str) -> ImageRef:
+    """The one image of a sample; another number is a mistake."""
     if len(sample.images) != 1:
         raise TriptychError(
             f"sample '{sample.id}' has {len(sample.images)} images and the scorer {scorer} takes "

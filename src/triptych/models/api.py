@@ -25,12 +25,13 @@ class ApiModel:
     """Answers of any snapshot `id`; the endpoint and its key come from the environment.
 
     OPENAI_API_KEY holds the key and OPENAI_BASE_URL the endpoint (an endpoint of one's own needs no
-    key). concurrency: requests at a time. timeout: seconds an answer may take; time-outs, full
-    servers and broken connections are tried again `retries` times with growing pauses. budget: USD
-    one command may spend at `price` (input and output per million tokens, as_of a date, for the
-    `model` it was read for); null spends without a cap. detail: the image resolution asked for.
-    options: further fields of the request, such as temperature. Replies are cached on disk by
-    model, prompt and image. Refusals, time-outs and errors are outcomes with rates of their own.
+    key); `environment` is what both names begin with. concurrency: requests at a time. timeout:
+    seconds an answer may take; time-outs, full servers and broken connections are tried again
+    `retries` times with growing pauses. budget: USD one command may spend at `price` (input and
+    output per million tokens, as_of a date, for the `model` it was read for); null spends without a
+    cap. detail: the image resolution asked for. options: further fields of the request, such as
+    temperature. Replies are cached on disk by model, prompt and image. Refusals, time-outs and
+    errors are outcomes with rates of their own.
     """
 
     capabilities = frozenset({"generate"})
@@ -49,6 +50,7 @@ class ApiModel:
         cache: bool = True,
         batch_size: int = 64,
         pause: float = 1.0,
+        environment: str = "OPENAI",
     ) -> None:
         self.id, self.detail, self.concurrency = id, detail, concurrency
         self.limit_field, self.options, self.batch_size = (
@@ -56,14 +58,15 @@ class ApiModel:
             dict(options or {}),
             batch_size,
         )
-        key, given = (os.environ.get(n) or None for n in ("OPENAI_API_KEY", "OPENAI_BASE_URL"))
+        names = f"{environment}_API_KEY", f"{environment}_BASE_URL"
+        key, given = (os.environ.get(name) or None for name in names)
         self.endpoint = (given or ENDPOINT).rstrip("/")
         if key is None and given is None:
             raise TriptychError(
-                f"model.id={id} is asked over the network and no key is set; set OPENAI_API_KEY, "
-                "and OPENAI_BASE_URL for another endpoint, or leave it out: other models need none."
+                f"model.id={id} is asked over the network and no key is set; set {names[0]}, "
+                f"and {names[1]} for another endpoint, or leave it out: other models need none."
             )
-        self.client = ChatClient(self.endpoint, key, timeout, retries, concurrency, pause)
+        self.client = ChatClient(self.endpoint, key, timeout, retries, concurrency, pause, names)
         self.cache = ReplyCache(cache_dir() / "api") if cache else None
         self.spending = Spending(Price.read(price, id, budget), budget)
         self.vision_calls = 0

@@ -48,7 +48,10 @@ class Reply:
 
 
 class ChatClient:
-    """Asks an endpoint; safe for threads. pause: seconds before the first new try."""
+    """Asks an endpoint; safe for threads. pause: seconds before the first new try.
+
+    names: the variables of the key and of the endpoint, for messages.
+    """
 
     def __init__(
         self,
@@ -58,10 +61,11 @@ class ChatClient:
         retries: int,
         concurrency: int,
         pause: float = 1.0,
+        names: tuple[str, str] = ("OPENAI_API_KEY", "OPENAI_BASE_URL"),
     ) -> None:
         import httpx
 
-        self.endpoint, self.retries, self.pause = endpoint, retries, pause
+        self.endpoint, self.retries, self.pause, self.names = endpoint, retries, pause, names
         limits = httpx.Limits(max_connections=concurrency)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.Client(timeout=timeout, limits=limits, headers=headers)
@@ -88,7 +92,7 @@ class ChatClient:
             except httpx.TransportError as error:
                 reply = Reply("error", reason=f"{type(error).__name__}: {error}")
             except httpx.InvalidURL as error:
-                raise TriptychError(f"OPENAI_BASE_URL={self.endpoint} is no URL: {error}") from None
+                raise TriptychError(f"{self.names[1]}={self.endpoint} is no URL: {error}") from None
             else:
                 reply = self._read(status, content, body, name)
                 if status not in AGAIN and reply.reason != UNREADABLE:
@@ -127,12 +131,12 @@ class ChatClient:
         reason = f"{status}: {words[:300]}"
         if status in (401, 403):
             raise TriptychError(
-                f"{self.endpoint} refuses the key ({reason}); set OPENAI_API_KEY to a valid one."
+                f"{self.endpoint} refuses the key ({reason}); set {self.names[0]} to a valid one."
             )
         if status == 404:
             raise TriptychError(
                 f"{self.endpoint} knows no model.id={body['model']}, or is no such endpoint "
-                f"({reason}); check model.id and OPENAI_BASE_URL."
+                f"({reason}); check model.id and {self.names[1]}."
             )
         if status == 429 and error.get("code") == "insufficient_quota":
             raise TriptychError(f"the quota of this key is used up ({reason}); answers are kept.")
