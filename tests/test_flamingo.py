@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from triptych.evaluation.model_predictor import ModelPredictor
 from triptych.models.fusion import IMAGE, Gated, latest_image
 from triptych.models.vlm import VLM
 from triptych.objectives.tokens import NextToken
@@ -14,7 +15,7 @@ from triptych.parts.gated_attention import GatedCrossAttention, Media
 from triptych.parts.language import LanguageModel
 from triptych.parts.perceiver import PerceiverAttention, PerceiverResampler
 from triptych.parts.vision import VisionEncoder
-from triptych.types import SHARED, ImageFeatures, Sample, Tokens, assistant, user
+from triptych.types import IGNORE, SHARED, ImageFeatures, Sample, Tokens, assistant, user
 
 RESAMPLER = partial(PerceiverResampler, queries=4, depth=2, heads=2, head_dim=8)
 LANGUAGES = {
@@ -191,6 +192,24 @@ def test_packed_rows_equal_their_samples(make, dialogue):
         alone = sum(objective(model, processor.rows([[s]]))["next_token"].sum for s in samples)
     assert len(processor.rows([samples]).text["language"].ids) == 1
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_candidates_behind_one_prompt_see_its_latest_image(make, pictures):
+    model = make(gate=0.7)
+    asked, names = shots(pictures, (0, 1, 0)), ["blue", "a red one"]
+    scored = ModelPredictor(model, model.processor(), 4).loglikelihood([asked], [names])[0]
+    others = shots(pictures, (0, 1, 1))
+    unlike = ModelPredictor(model, model.processor(), 4).loglikelihood([others], [names])[0]
+    objective, processor = NextToken(), model.processor()
+    for name, score, other in zip(names, scored, unlike, strict=True):
+        batch = processor.collate([Sample([*asked.prompt, assistant(name)], asked.images)])
+        labels = batch.text["language"].labels[0]
+        labels[: len(labels) - score.tokens - int(labels[-1] == IGNORE)] = IGNORE
+        assert int((labels != IGNORE).sum()) == score.tokens
+        with torch.no_grad():
+            alone = objective(model, batch)["next_token"].sum
+        assert score.sum == pytest.approx(-float(alone), abs=1e-4)
+        assert abs(score.sum - other.sum) > 1e-3, "the last image counts"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -15,7 +15,7 @@ from triptych.evaluation.model_predictor import ModelPredictor
 from triptych.models.fusion import Prefix
 from triptych.models.vlm import VLM
 from triptych.parts.connector import MLPConnector
-from triptych.types import DataError, ImageRef, Sample, assistant, user
+from triptych.types import IGNORE, SHARED, DataError, ImageRef, Sample, assistant, user
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ':' }}{% if m['role'] == 'assistant' %}"
@@ -143,8 +143,23 @@ def test_likelihoods_are_those_of_each_answer_alone(parts, samples) -> None:
             assert (score.tokens, score.bytes) == (length, length - 1)
 
 
+def test_candidates_share_their_prompt(parts, samples) -> None:
+    _, processor = parts
+    sample = samples[4]  # a dialogue whose first answer is no candidate
+    row = [Sample([*sample.prompt, assistant(name)], sample.images) for name in ("ab", "ac")]
+    shared = processor.candidates([row]).text["language"]
+    whole = processor.collate(row[:1]).text["language"].ids[0]
+    own = len(b"ab") + len(["<end>", "newline"])
+    assert int((shared.segments == SHARED).sum()) == len(whole) - own
+    assert shared.ids.shape == (1, len(whole) + own)
+    places = (shared.labels != IGNORE).nonzero()[:, 1].tolist()
+    assert places == [len(whole) - own + i for i in (0, 1, 2, 4, 5, 6)]
+
+
 def test_many_candidates_spill_into_more_rows(parts, samples) -> None:
-    names = [f"candidate number {i}" for i in range(40)]  # 40 x 20 tokens in rows of 400
+    names = [
+        f"candidate number {i}" for i in range(40)
+    ]  # 40 x 20 tokens behind a prompt, in rows of 400
     model = predictor(parts, 2)
     together = model.loglikelihood(samples[1:3], [names, names[:2]])
     assert [len(row) for row in together] == [40, 2]

@@ -24,6 +24,9 @@ class InstructProcessor(ChatProcessor):
     def rows(self, rows: Sequence[Sequence[Sample]]) -> Batch:
         return self._instruct(super().rows(rows))
 
+    def candidates(self, rows: Sequence[Sequence[Sample]]) -> Batch:
+        return self.rows(rows)  # a row a candidate: its visual tokens stand before its own words
+
     def prompts(self, samples: Sequence[Sample]) -> Batch:
         return self._instruct(super().prompts(samples))
 
@@ -51,6 +54,9 @@ class Seq2SeqProcessor(ChatProcessor):
         batch = self.prompts(samples)
         batch.text["decoder"] = self._answers(samples)
         return batch
+
+    def candidates(self, rows: Sequence[Sequence[Sample]]) -> Batch:
+        return self.rows(rows)  # the prompt is the encoder's, an answer the decoder's
 
     def prompts(self, samples: Sequence[Sample]) -> Batch:
         """Rows padded on the right: the encoder counts distances by columns, so none may gape."""

@@ -7,7 +7,8 @@ the image once, as a shared prefix; each sample is a segment that sees the prefi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -100,9 +101,18 @@ class ChatProcessor:
 
     def rows(self, rows: Sequence[Sequence[Sample]]) -> Batch:
         """A training batch: each row's samples packed behind their shared image."""
-        packed: list[list[tuple[Sample, Encoded]]] = []
-        for row in rows:
-            packed += self._pack([(sample, self.encode(sample)) for sample in row])
+        return self._batch([[(sample, self.encode(sample)) for sample in row] for row in rows])
+
+    def candidates(self, rows: Sequence[Sequence[Sample]]) -> Batch:
+        """As `rows`, each of one prompt with several last turns: what they begin with is read once.
+
+        Labels of the shared tokens go with them, so that only the last turn can be scored.
+        """
+        encoded = [[(sample, self.encode(sample)) for sample in row] for row in rows]
+        return self._batch([_behind_prompt(row, self.placeholders) for row in encoded])
+
+    def _batch(self, rows: Sequence[list[tuple[Sample, Encoded]]]) -> Batch:
+        packed = [part for row in rows for part in self._pack(row)]
         samples = [sample for row in packed for sample, _ in row]
         images, index = self.images(samples)
         return Batch(images, _slots(packed, index), {"language": self._tokens(packed)}, samples)
@@ -287,6 +297,38 @@ def _shares(one: tuple[Sample, Encoded], other: tuple[Sample, Encoded]) -> bool:
     (a, x), (b, y) = one, other
     keys = [ref.key for ref in a.images[: x.prefix_images]]
     return x.prefix == y.prefix and keys == [ref.key for ref in b.images[: y.prefix_images]]
+
+
+def _behind_prompt(
+    row: list[tuple[Sample, Encoded]], placeholders: int
+) -> list[tuple[Sample, Encoded]]:
+    """The row with all tokens in front of its answers, as far as they are equal, in the prefix."""
+    if len(row) < 2 or not all(_shares(row[0], other) for other in row):
+        return row
+    columns = zip(*(e.ids[: _answer_start(e)] for _, e in row), strict=False)
+    shared = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
+    images = row[0][1].prefix_images + shared.count(IMAGE) // max(1, placeholders)
+    return [
+        (
+            sample,
+            replace(
+                e,
+                prefix=e.prefix + shared,
+                ids=e.ids[len(shared) :],
+                labels=e.labels[len(shared) :],
+                prefix_images=images,
+            ),
+        )
+        for sample, e in row
+    ]
+
+
+def _answer_start(encoded: Encoded) -> int:
+    """Where the last run of labels begins among the sample's own tokens."""
+    labelled = [label != IGNORE for label in encoded.labels]
+    end = len(labelled) - labelled[::-1].index(True)
+    start = labelled[:end][::-1].index(False) if False in labelled[:end] else end
+    return end - start
 
 
 def _slots(packed: list[list[tuple[Sample, Encoded]]], index: dict[str, int]) -> Tensor | None:

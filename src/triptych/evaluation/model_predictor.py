@@ -103,7 +103,7 @@ class ModelPredictor:
     ) -> list[list[Score]]:
         """Score of each candidate as the last assistant turn, its stop token included.
 
-        The candidates of a sample stand in one row, behind the image they share.
+        The candidates of a sample stand in one row, behind the image and the prompt they share.
         """
         scores: list[list[Score]] = [[] for _ in samples]
 
@@ -111,7 +111,7 @@ class ModelPredictor:
             answered = [_answered(samples[row], candidates[row]) for row in rows]
             names = f"'{samples[rows[0]].id}' to '{samples[rows[-1]].id}'"
             try:
-                batch = self.processor.rows(answered)
+                batch = getattr(self.processor, "candidates", self.processor.rows)(answered)
             except DataError as error:
                 raise DataError(f"candidates of samples {names}: {error}") from None
             # a position counts from the start of its own sample, packed or not
