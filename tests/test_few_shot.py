@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from triptych.bundle import compose_preset
 from triptych.data.few_shot import FewShot
+from triptych.evaluation.command import build_benchmarks
 from triptych.types import DataError
 
 
@@ -37,3 +39,13 @@ def test_shots_come_from_the_support_and_vary(reader):
     counts = {len(FewShot(reader, shots=[0, 1, 2], seed=s)[0].images) for s in range(12)}
     assert counts == {1, 2, 3}
     assert FewShot(reader).clusters == [s.cluster for s in reader]
+
+
+def test_one_name_asks_at_all_four_numbers_of_shots():
+    cfg = compose_preset("flamingo", ["benchmark=[few_shots]"])
+    made, _ = build_benchmarks(cfg.benchmark)
+    assert list(made) == [f"few_shot_{k}" for k in (0, 2, 4, 8)]
+    asked = [made[f"few_shot_{k}"].samples for k in (0, 2, 4, 8)]
+    assert [len(samples) for samples in asked] == [1000] * 4
+    assert [len(samples[7].images) for samples in asked] == [1, 3, 5, 9]
+    assert len({samples[7].id for samples in asked}) == 1, "the same questions"

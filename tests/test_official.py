@@ -33,11 +33,19 @@ def comes_back(ours, folder, out) -> None:
         torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "align"])
-def test_dual_encoders(name, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("clip", "eager"), ("clip", "sdpa"), ("siglip", "eager"), ("siglip", "sdpa")]
+    + [("align", "eager")],  # the library has no other for it
+)
+def test_dual_encoders(name, attention, tokenizer, tmp_path):
     theirs = official(name)
+    theirs.set_attn_implementation(attention)
     folder = saved(theirs, tokenizer, tmp_path / "theirs")
-    ours = from_hf(folder)
+    ours = from_hf(folder, attention=attention)
+    assert ours.unused is not None, "tracing an outline leaves the towers' attention as it was"
+    assert ours.text.model.config._attn_implementation == attention
+    assert ours.vision.model.config._attn_implementation in (attention, "eager")
     images, tokens = dual_inputs()
     with torch.no_grad():
         out = theirs(

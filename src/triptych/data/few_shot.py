@@ -43,7 +43,7 @@ class FewShot(Sequence[Sample]):
             return sample
         messages = [m for s in shown for m in s.messages] + sample.messages
         images = [i for s in shown for i in s.images] + sample.images
-        return replace(sample, messages=messages, images=images, id=f"{sample.id}+{wanted}")
+        return replace(sample, messages=messages, images=images)  # the id joins numbers of shots
 
     @cached_property
     def clusters(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,15 @@ def checkpoint_config(weights: str, revision: str | None = None) -> PreTrainedCo
             f"the weights '{weights}' are neither a local folder nor a hub id that can be reached; "
             "check the path or the connection."
         ) from error
+
+
+def outline(auto: type, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights, in eval mode, to trace on the meta device.
+
+    The library writes the attention it builds with into the configuration, and a model follows
+    its configuration as it runs; so this one gets a copy.
+    """
+    return load_model(auto, deepcopy(config), None, attention="sdpa").eval()
 
 
 def load_model(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from triptych.parts import pooled_block
 from triptych.parts.language import load_tokenizer
-from triptych.parts.pretrained import load_model, read_config, unreached
+from triptych.parts.pretrained import load_model, outline, read_config, unreached
 from triptych.types import Tokens, TriptychError
 
 if TYPE_CHECKING:
@@ -152,6 +152,6 @@ class TextEncoder(nn.Module):
     def _outline(self) -> tuple[nn.Module, Tensor]:
         """A weightless copy of the tower and its pooled output (1,D), on the meta device."""
         with torch.device("meta"):
-            model = load_model(self._auto, self.config, None, attention="sdpa").eval()
+            model = outline(self._auto, self.config)
             ids = torch.zeros(1, 2, dtype=torch.long)
             return model, self._pooled(model, ids, torch.ones_like(ids))

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from triptych.data.transforms import ImageTransform
 from triptych.parts import pooled_block
-from triptych.parts.pretrained import load_model, read_config, unreached
+from triptych.parts.pretrained import load_model, outline, read_config, unreached
 from triptych.types import ImageFeatures, Images, TriptychError
 
 
@@ -120,7 +120,7 @@ class VisionEncoder(nn.Module):
     def _outline(self) -> tuple[nn.Module, Tensor | None]:
         """A weightless copy of the tower and its pooled output (1,D), on the meta device."""
         with torch.device("meta"):
-            model = load_model(self._auto, self.config, None, attention="sdpa").eval()
+            model = outline(self._auto, self.config)
             out = model(pixel_values=torch.empty(1, 3, *self.transform.size))
         pooled = getattr(out, "pooler_output", None) if self.layer == -1 else None
         return model, pooled if pooled is None else pooled.flatten(1)
@@ -129,8 +129,8 @@ class VisionEncoder(nn.Module):
     def _probe(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(grid tokens, class and register tokens, width), from a weightless run on "meta"."""
         with torch.device("meta"), torch.no_grad():
-            model = load_model(self._auto, self.config, None, attention="sdpa")
-            hidden = model.eval()(
+            model = outline(self._auto, self.config)
+            hidden = model(
                 pixel_values=torch.empty(1, 3, *size), output_hidden_states=True
             ).hidden_states[self.layer]
         tokens, dim = _flat(hidden).shape[1:]
