@@ -22,8 +22,8 @@ from triptych.evaluation.scorers import Outcome
 from triptych.evaluation.wording import letters_of
 from triptych.types import Sample, TriptychError
 
-# the card's five parts and the subset of easy_vqa are tested where they are built
-ELSEWHERE = {"none", "card", "easy_vqa_1000"}
+# the card's parts, the subset of easy_vqa and the numbers of shots are tested where they are built
+ELSEWHERE = {"none", "card", "easy_vqa_1000", "few_shots"}
 NAMES = sorted({path.stem for path in (conf_dir() / "benchmark").glob("*.yaml")} - ELSEWHERE)
 CAPTIONS = ("coco_captions", "flickr30k_captions")
 WAYS = ("generate", "loglikelihood", "embed", "features")
