@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from triptych.evaluation.benchmark import AnswerBenchmark
 from triptych.evaluation.compare import compare, main
 from triptych.evaluation.compare_page import parallel_coordinates, varying, write_page
-from triptych.evaluation.compare_runs import EvaluatedRun, load_runs
+from triptych.evaluation.compare_runs import EvaluatedRun, evaluate_sources, load_runs
 from triptych.evaluation.compare_tables import score_rows, text_table
 from triptych.evaluation.metrics import holm, paired_compare
 from triptych.evaluation.records import write_json
@@ -318,6 +319,25 @@ def test_tables_are_sent_where_asked(runs, tmp_path, monkeypatch):
     main([str(runs["seed0"]), str(runs["weak"]), "--out", str(tmp_path), "--wandb", "mine"])
     assert sent["project"] == "mine" and sent["finished"]
     assert sent["differences"][0]["verdict"] == "worse" and len(sent["scores"]) == 2
+
+
+def test_runs_and_presets_are_evaluated_each_with_its_own_options(tmp_path, monkeypatch):
+    asked = []
+
+    def start(command, **_):
+        asked.append(command[3:-1])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("triptych.evaluation.compare_runs.subprocess.run", start)
+    sources = [str(tmp_path), "clip/b32", "gpt4v:eyes-1 model.budget=null"]
+    folders = evaluate_sources(sources, "easy_vqa,shapes", ["eval.limit=5"], tmp_path)
+    assert len(set(folders)) == 3
+    common = ["benchmark=[easy_vqa,shapes]", "eval.limit=5"]
+    assert asked == [
+        [f"run={tmp_path}", *common],
+        ["model=clip/b32", *common],
+        ["model=gpt4v", "model.id='eyes-1'", *common, "model.budget=null"],
+    ]
 
 
 def test_left_out_benchmarks_are_said(runs, tmp_path, capsys):

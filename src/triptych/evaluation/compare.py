@@ -177,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add(
         "--benchmark",
         metavar="NAMES",
-        help="evaluate first, as in easy_vqa,shapes; a RUN may be a preset: clip, gpt4v:ID",
+        help="evaluate first, as in easy_vqa,shapes; a RUN may then be a preset and bring options: "
+        "'gpt4v:ID model.budget=null'",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="option of that evaluation")
     add("--out", default="compare", help="folder of compare.html and compare.json")

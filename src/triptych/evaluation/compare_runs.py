@@ -88,17 +88,19 @@ def evaluate_sources(
 ) -> list[str]:
     """Evaluate runs and presets on the same benchmarks, each in a process of its own.
 
-    A source that is no folder is a preset, such as `gpt4v` or `gpt4v:gpt-4o-2024-08-06`. Returns
-    the folders of results; what fails is told and left out: the others still stand in one table.
+    A source that is no folder is a preset, such as `gpt4v` or `gpt4v:gpt-4o-2024-08-06`; options of
+    its own may stand behind either, separated by spaces. Returns the folders of results; what
+    fails is told and left out: the others still stand in one table.
     """
     from triptych.bundle import model_options
 
     folders = []
     for source in sources:
-        run = Path(source).is_dir()
-        folder = out / "runs" / slug(Path(source).resolve() if run else source)
-        asked = [f"run={source}"] if run else model_options(source)
-        asked += [f"benchmark=[{benchmarks}]", *options]
+        name, *own = [source] if Path(source).is_dir() else source.split()
+        run = Path(name).is_dir()
+        folder = out / "runs" / slug(Path(name).resolve() if run else source)
+        asked = [f"run={name}"] if run else model_options(name)
+        asked += [f"benchmark=[{benchmarks}]", *options, *own]
         command = [sys.executable, "-m", "triptych.evaluation", *asked]
         done = subprocess.run([*command, f"hydra.run.dir={folder}"], stderr=subprocess.PIPE)
         if done.returncode == 0:
