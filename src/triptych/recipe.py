@@ -32,7 +32,7 @@ def changes(cfg: DictConfig, overrides: Sequence[str]) -> Changes:
     return {
         key: {"recipe": before.get(key), "run": after.get(key)}
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and key != "ckpt"  # continuing a run changes no recipe
     }
 
 
