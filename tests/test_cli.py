@@ -146,6 +146,8 @@ def test_mistakes_are_answered_in_one_line_with_the_fix(run, argv, words):
         (["model.stages.0.x=5"], "model.stages.0.x", 5),
         (["model.vision={layers: 5}"], "model.vision.layers", 5),
         (["experiment=big"], "seed", 7),
+        (["model.name=sweep/lr=1"], "model.name", "sweep/lr=1"),  # a folder of a sweep
+        (["model.name='sweep/lr=1'"], "model.name", "sweep/lr=1"),
         (["seed=3", "--run", "model=clip"], "model.name", "clip"),
     ],
 )

@@ -52,8 +52,9 @@ def check_overrides(config_name: str, overrides: list[str]) -> tuple[list[str], 
 
     `dry_run=true` means `dry_run.enabled=true`, as for every node that has that key. A sweep is
     checked once for each value of each swept group. The configuration holds `hydra`.
-    Raises ConfigError.
+    A value that holds "=", as the folders of a sweep do, needs no quotes. Raises ConfigError.
     """
+    overrides = [_quoted(text) for text in overrides]
     parsed = [_parse(text) for text in overrides]
     groups = [o for o in parsed if _is_group(o)]
     values = [o for o in parsed if not _is_group(o)]
@@ -92,6 +93,13 @@ def check_missing(cfg: DictConfig) -> None:
     if missing:
         examples = " ".join(f"{key}=VALUE" for key in missing)
         raise ConfigError(f"{', '.join(missing)} must be given; add {examples}")
+
+
+def _quoted(text: str) -> str:
+    """key=a=b, which the grammar has no meaning for, as key='a=b'."""
+    key, _, value = text.partition("=")
+    plain = "=" in value and not set(value) & set(",'\"[]{}()$\\")
+    return f"{key}='{value}'" if plain else text
 
 
 def _parse(text: str) -> Override:
