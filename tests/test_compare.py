@@ -331,7 +331,8 @@ def test_runs_and_presets_are_evaluated_each_with_its_own_options(tmp_path, monk
     monkeypatch.setattr("triptych.evaluation.compare_runs.subprocess.run", start)
     sources = [str(tmp_path), "clip/b32", "gpt4v:eyes-1 model.budget=null"]
     folders = evaluate_sources(sources, "easy_vqa,shapes", ["eval.limit=5"], tmp_path)
-    assert len(set(folders)) == 3
+    names = [Path(folder).name for folder in folders]
+    assert [names[0][:-7], names[1], names[2][:-7]] == [tmp_path.name, "clip-b32", "gpt4v-eyes-1"]
     common = ["benchmark=[easy_vqa,shapes]", "eval.limit=5"]
     assert asked == [
         [f"run={tmp_path}", *common],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -97,9 +98,8 @@ def evaluate_sources(
     folders = []
     for source in sources:
         name, *own = [source] if Path(source).is_dir() else source.split()
-        run = Path(name).is_dir()
-        folder = out / "runs" / slug(Path(name).resolve() if run else source)
-        asked = [f"run={name}"] if run else model_options(name)
+        folder = out / "runs" / _folder_name(name, own)
+        asked = [f"run={name}"] if Path(name).is_dir() else model_options(name)
         asked += [f"benchmark=[{benchmarks}]", *options, *own]
         command = [sys.executable, "-m", "triptych.evaluation", *asked]
         done = subprocess.run([*command, f"hydra.run.dir={folder}"], stderr=subprocess.PIPE)
@@ -111,6 +111,17 @@ def evaluate_sources(
     if not folders:
         raise TriptychError("none of the runs could be evaluated; the reasons stand above.")
     return folders
+
+
+def _folder_name(name: str, own: Sequence[str]) -> str:
+    """What the tables call a source: its last part, told from others that end alike by a hash."""
+    run = Path(name).is_dir()
+    preset, separator, ident = name.partition(":")
+    if not (run or separator or own):
+        return slug(name)
+    whole = " ".join([str(Path(name).resolve()) if run else name, *own])
+    short = Path(name).resolve().name if run else f"{preset}-{Path(ident).name}".rstrip("-")
+    return f"{slug(short)}-{hashlib.sha1(whole.encode()).hexdigest()[:6]}"
 
 
 def _local(folder: Path) -> list[Path]:
