@@ -31,6 +31,7 @@ WHAT = {
     "aten::mul": "elementwise: norms, SiLU gate, rotary positions",
     "aten::add": "elementwise: residuals, rotary positions, sums of gradients",
     "aten::add_": "elementwise: sums of gradients",
+    "aten::div": "elementwise: AdamW's second moments, gradients of norms",
     "aten::silu": "elementwise: activation of the MLP",
     "aten::silu_backward": "elementwise: activation of the MLP, backward",
     "aten::cat": "copies: rows of attention joined, rotary halves joined",

@@ -153,8 +153,10 @@ def test_a_sweep_that_is_continued_runs_what_had_not_finished(tree):
     assert run(tree, *argv)[0] == 1
     code, _, error = run(tree, *argv)
     assert code == 1 and "add ckpt=last" in error and (tree / "count").read_text() == "x"
+    took = table(tree / "sweep")["nothing"]["seconds"]
     assert run(tree, *argv, "ckpt=last")[0] == 1
     jobs = table(tree / "sweep")
+    assert jobs["nothing"]["seconds"] == took > 0
     assert (jobs["exit"]["state"], jobs["nothing"]["state"]) == ("exited early", "finished")
     assert (tree / "count").read_text() == "x"  # it had finished and is not run again
 

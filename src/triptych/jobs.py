@@ -25,7 +25,7 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrid
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from triptych.jobs_table import FINISHED, STOPPED, Job, judge, write_tables
+from triptych.jobs_table import FINISHED, STOPPED, Job, judge, seconds_before, write_tables
 from triptych.rundir import clear_outcome, rank, read_outcome
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Sweep:
         job = Job(number, list(filter_overrides(overrides)), directory)
         job.command = [*_script(), *overrides, *self._hydra_overrides(job), *_flags()]
         if _resumes(config) and (read_outcome(directory) or {}).get("state") == FINISHED:
-            job.before = True
+            job.before, job.seconds = True, seconds_before(self.folder, directory)
         self.jobs.append(job)
         return job, config
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,15 @@ def main_metrics(directory: Path, value: Any) -> dict[str, float]:
     if not found and isinstance(value, int | float):
         found = {"value": value}
     return {key: number for key, number in found.items() if number is not None}
+
+
+def seconds_before(folder: Path, directory: Path) -> float:
+    """What the sweep's table says a job took that finished in an earlier call; 0 if nothing."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        rows = json.loads((folder / "jobs.json").read_text(encoding="utf-8"))
+        here = directory.resolve()
+        return sum(row["seconds"] for row in rows if Path(row["directory"]).resolve() == here)
+    return 0.0
 
 
 def write_tables(folder: Path, jobs: list[Job]) -> str:
