@@ -335,7 +335,7 @@ def test_runs_and_presets_are_evaluated_each_with_its_own_options(tmp_path, monk
     assert [names[0][:-7], names[1], names[2][:-7]] == [tmp_path.name, "clip-b32", "gpt4v-eyes-1"]
     common = ["benchmark=[easy_vqa,shapes]", "eval.limit=5"]
     assert asked == [
-        [f"run={tmp_path}", *common],
+        [f"run='{tmp_path}'", *common],
         ["model=clip/b32", *common],
         ["model=gpt4v", "model.id='eyes-1'", *common, "model.budget=null"],
     ]

@@ -81,6 +81,16 @@ def supervised(processor: HostedProcessor, batch: BatchType) -> list[str]:
     return [processor.tokenizer.decode(row[row != IGNORE]) for row in labels]
 
 
+def assert_same_gradients(model, ours, theirs):
+    """Two losses of a model move each of its trainable tensors alike, or both leave it alone."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    mine, own = (torch.autograd.grad(x, weights, allow_unused=True) for x in (ours, theirs))
+    for one, other in zip(mine, own, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_and_its_gradients_are_the_classs_own(models, samples, dialogues, name):
     model = models[name]
@@ -89,12 +99,7 @@ def test_the_loss_and_its_gradients_are_the_classs_own(models, samples, dialogue
     theirs = model.library(**model.inputs(batch), labels=tokens.labels).loss
     ours = mean_loss(model, batch)
     torch.testing.assert_close(ours, theirs)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    mine, own = (torch.autograd.grad(x, weights, allow_unused=True) for x in (ours, theirs))
-    for one, other in zip(mine, own, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert_same_gradients(model, ours, theirs)
 
 
 @pytest.mark.parametrize("name", NAMES)

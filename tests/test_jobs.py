@@ -17,7 +17,8 @@ from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
 
 from triptych import cli
-from triptych.jobs import JobError, Sweep, quoted
+from triptych.config_check import quoted
+from triptych.jobs import JobError, Sweep
 from triptych.jobs_table import Job, judge
 from triptych.rundir import record_outcome
 

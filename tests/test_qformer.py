@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 
+from triptych.api import load
+from triptych.evaluation.model_predictor import ModelPredictor
 from triptych.interop import blip2
 from triptych.models.fusion import IMAGE, Prefix
 from triptych.models.vlm import VLM
@@ -15,7 +17,17 @@ from triptych.parts.language import LanguageModel
 from triptych.parts.qformer import InstructQFormer, PairQFormer, QFormer
 from triptych.parts.seq2seq import Seq2SeqModel
 from triptych.parts.vision import VisionEncoder
-from triptych.types import IGNORE, Batch, ImageFeatures, Images, Tokens, TriptychError
+from triptych.types import (
+    IGNORE,
+    Batch,
+    ImageFeatures,
+    Images,
+    Sample,
+    Tokens,
+    TriptychError,
+    assistant,
+    user,
+)
 
 Q, TEXT, VOCAB = 3, 5, 40
 VISION = {
@@ -304,3 +316,23 @@ def test_a_tower_is_taken_out_of_a_whole_checkpoint(tmp_path):
     assert all(torch.equal(t, expected[n]) for n, t in tower.model.state_dict().items())
     with pytest.raises(TriptychError, match="lack"):
         VisionEncoder(str(tmp_path), model_class="transformers.Blip2VisionModel")
+
+
+@pytest.mark.parametrize("name", ["instructblip", "blip2"])
+def test_candidates_are_scored_as_each_alone_whoever_reads_the_question(name, pictures):
+    torch.manual_seed(0)
+    model = load(name).model.eval()
+    processor, objective = model.processor(), NextToken()
+    asked = [
+        Sample([user(question, 1), assistant("x")], [picture], id=question)
+        for question, picture in zip(("what color?", "is it a circle?"), pictures, strict=False)
+    ]
+    names = [["red", "a blue one"], ["yes", "no", "perhaps"]]
+    scored = ModelPredictor(model, processor, 8).loglikelihood(asked, names)
+    for sample, candidates, scores in zip(asked, names, scored, strict=True):
+        for candidate, score in zip(candidates, scores, strict=True):
+            alone = Sample([*sample.prompt, assistant(candidate)], sample.images, id=candidate)
+            with torch.no_grad():
+                term = objective(model, processor.collate([alone]))["next_token"]
+            assert score.sum == pytest.approx(-float(term.sum), abs=1e-4)
+    assert len({round(score.sum, 3) for scores in scored for score in scores}) == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import tiny_llama
@@ -105,41 +106,36 @@ def qwen(folder: Path) -> None:
 
 def smolvlm(folder: Path) -> None:
     """SmolVLM: images in tiles, padded to the most images of a row, with a pixel mask."""
-    from transformers import (
-        SmolVLMConfig,
-        SmolVLMForConditionalGeneration,
-        SmolVLMImageProcessor,
-        SmolVLMProcessor,
-        SmolVLMVideoProcessor,
-    )
+    _shuffled("SmolVLM", folder)
 
+
+def idefics3(folder: Path) -> None:
+    """Idefics3: patches shuffled into the width, as SmolVLM has it; it reads no videos."""
+    _shuffled("Idefics3", folder)
+
+
+def _shuffled(name: str, folder: Path) -> None:
+    import transformers
+
+    library = partial(getattr, transformers)
     words = tokenizer(SMOL, eos_token="<end_of_utterance>", bos_token="<|im_start|>")
-    config = SmolVLMConfig(
-        text_config={
-            "model_type": "llama",
-            **tiny_llama.fields(words),
-        },
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 32,
-            "patch_size": 8,
-        },
+    config = library(f"{name}Config")(
+        text_config={"model_type": "llama", **tiny_llama.fields(words)},
+        vision_config=SIGLIP,
         scale_factor=2,
         image_token_id=words.convert_tokens_to_ids("<image>"),
         pad_token_id=words.pad_token_id,
     )
     sizes = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}}
-    processor = SmolVLMProcessor(
-        SmolVLMImageProcessor(**sizes, do_image_splitting=False),
+    videos = library(f"{name}VideoProcessor", None)
+    processor = library(f"{name}Processor")(
+        library(f"{name}ImageProcessor")(**sizes, do_image_splitting=False),
         words,
-        SmolVLMVideoProcessor(**sizes),
+        *([videos(**sizes)] if videos else []),
         image_seq_len=4,
         chat_template=SMOL_TEMPLATE,
     )
-    _save(folder, SmolVLMForConditionalGeneration(config), processor)
+    _save(folder, library(f"{name}ForConditionalGeneration")(config), processor)
 
 
 def paligemma(folder: Path) -> None:
@@ -161,13 +157,8 @@ def paligemma(folder: Path) -> None:
             **tiny_llama.fields(words, head_dim=16),
         },
         vision_config={
+            **SIGLIP,
             "model_type": "siglip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 32,
-            "patch_size": 8,
             "vision_use_head": False,
         },
         projection_dim=64,
@@ -248,33 +239,6 @@ def idefics2(folder: Path) -> None:
     )
     processor = Idefics2Processor(images, words, image_seq_len=4, chat_template=SMOL_TEMPLATE)
     _save(folder, Idefics2ForConditionalGeneration(config), processor)
-
-
-def idefics3(folder: Path) -> None:
-    """Idefics3: patches shuffled into the width, as SmolVLM has it."""
-    from transformers import (
-        Idefics3Config,
-        Idefics3ForConditionalGeneration,
-        Idefics3ImageProcessor,
-        Idefics3Processor,
-    )
-
-    words = tokenizer(SMOL, eos_token="<end_of_utterance>", bos_token="<|im_start|>")
-    config = Idefics3Config(
-        text_config={"model_type": "llama", **tiny_llama.fields(words)},
-        vision_config=SIGLIP,
-        scale_factor=2,
-        image_token_id=words.convert_tokens_to_ids("<image>"),
-        pad_token_id=words.pad_token_id,
-    )
-    sizes = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}}
-    processor = Idefics3Processor(
-        Idefics3ImageProcessor(**sizes, do_image_splitting=False),
-        words,
-        image_seq_len=4,
-        chat_template=SMOL_TEMPLATE,
-    )
-    _save(folder, Idefics3ForConditionalGeneration(config), processor)
 
 
 BUILDERS = {"qwen2_5_vl": qwen, "smolvlm": smolvlm, "paligemma": paligemma}

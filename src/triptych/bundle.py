@@ -110,9 +110,10 @@ def find_bundle(run: str | Path) -> Path | None:
 
 def model_options(model: str) -> list[str]:
     """The options that choose a preset, or "PRESET:ID": hf:FOLDER, gpt4v:gpt-4o-2024-08-06."""
+    from triptych.config_check import quoted
+
     preset, separator, name = model.partition(":")
-    quoted = name.replace("\\", "\\\\").replace("'", "\\'")
-    return [f"model={preset}", *([f"model.id='{quoted}'"] if separator else [])]
+    return [f"model={preset}", *([f"model.id={quoted(name)}"] if separator else [])]
 
 
 def compose_preset(model: str, overrides: Sequence[str] = ()) -> DictConfig:

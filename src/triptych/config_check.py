@@ -54,7 +54,7 @@ def check_overrides(config_name: str, overrides: list[str]) -> tuple[list[str], 
     checked once for each value of each swept group. The configuration holds `hydra`.
     A value that holds "=", as the folders of a sweep do, needs no quotes. Raises ConfigError.
     """
-    overrides = [_quoted(text) for text in overrides]
+    overrides = [_readable(text) for text in overrides]
     parsed = [_parse(text) for text in overrides]
     groups = [o for o in parsed if _is_group(o)]
     values = [o for o in parsed if not _is_group(o)]
@@ -95,11 +95,17 @@ def check_missing(cfg: DictConfig) -> None:
         raise ConfigError(f"{', '.join(missing)} must be given; add {examples}")
 
 
-def _quoted(text: str) -> str:
+def quoted(value: object) -> str:
+    """A value that Hydra's grammar reads back as it is: backslashes count before quotes alone."""
+    text = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(value))
+    return f"'{text}'"
+
+
+def _readable(text: str) -> str:
     """key=a=b, which the grammar has no meaning for, as key='a=b'."""
     key, _, value = text.partition("=")
     plain = "=" in value and not set(value) & set(",'\"[]{}()$\\")
-    return f"{key}='{value}'" if plain else text
+    return f"{key}={quoted(value)}" if plain else text
 
 
 def _parse(text: str) -> Override:

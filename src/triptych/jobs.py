@@ -25,6 +25,7 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrid
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from triptych.config_check import quoted
 from triptych.jobs_table import FINISHED, STOPPED, Job, judge, seconds_before, write_tables
 from triptych.rundir import clear_outcome, rank, read_outcome
 
@@ -248,12 +249,6 @@ class _Process:
                 with suppress(OSError, ValueError):  # our own reader may be gone: `| head`
                     sys.stdout.write(text)
                     sys.stdout.flush()
-
-
-def quoted(value: object) -> str:
-    """A value that Hydra's grammar reads back as it is: backslashes count before quotes alone."""
-    text = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(value))
-    return f"'{text}'"
 
 
 def _script() -> list[str]:

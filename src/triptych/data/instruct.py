@@ -21,14 +21,11 @@ class InstructProcessor(ChatProcessor):
 
     read: Callable[[list[str]], Tokens] = field(kw_only=True)
 
-    def rows(self, rows: Sequence[Sequence[Sample]]) -> Batch:
-        return self._instruct(super().rows(rows))
-
-    def candidates(self, rows: Sequence[Sequence[Sample]]) -> Batch:
-        return self.rows(rows)  # a row a candidate: its visual tokens stand before its own words
-
     def prompts(self, samples: Sequence[Sample]) -> Batch:
         return self._instruct(super().prompts(samples))
+
+    def _batch(self, rows: Sequence[list[tuple[Sample, Encoded]]]) -> Batch:
+        return self._instruct(super()._batch(rows))
 
     def _pack(self, row: list[tuple[Sample, Encoded]]) -> list[list[tuple[Sample, Encoded]]]:
         return [[pair] for pair in row]

@@ -113,9 +113,8 @@ def score(
             (out / "system.json").write_text(json.dumps(system_info(), indent=1, default=str))
     wait()
     set_decoding(benchmarks, cfg.eval, predictor)
-    llm = (
-        build(cfg.judge) if cfg.get("judge") else None
-    )  # before the model is asked: it needs a key
+    # before the model is asked: a judge without a key is told at once
+    llm = build(cfg.judge) if cfg.get("judge") else None
     if cfg.eval.get("clean", False):
         benchmarks = watch_all(benchmarks, *_trained(cfg, out))
     results = evaluate(

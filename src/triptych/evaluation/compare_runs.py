@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from triptych.evaluation.identity import digest
 from triptych.evaluation.records import read_results
 from triptych.rundir import slug
 from triptych.types import TriptychError
@@ -94,15 +94,16 @@ def evaluate_sources(
     fails is told and left out: the others still stand in one table.
     """
     from triptych.bundle import model_options
+    from triptych.config_check import quoted
 
     folders = []
     for source in sources:
         name, *own = [source] if Path(source).is_dir() else source.split()
         folder = out / "runs" / _folder_name(name, own)
-        asked = [f"run={name}"] if Path(name).is_dir() else model_options(name)
+        asked = [f"run={quoted(name)}"] if Path(name).is_dir() else model_options(name)
         asked += [f"benchmark=[{benchmarks}]", *options, *own]
         command = [sys.executable, "-m", "triptych.evaluation", *asked]
-        done = subprocess.run([*command, f"hydra.run.dir={folder}"], stderr=subprocess.PIPE)
+        done = subprocess.run([*command, f"hydra.run.dir={quoted(folder)}"], stderr=subprocess.PIPE)
         if done.returncode == 0:
             folders.append(str(folder))
             continue
@@ -121,7 +122,7 @@ def _folder_name(name: str, own: Sequence[str]) -> str:
         return slug(name)
     whole = " ".join([str(Path(name).resolve()) if run else name, *own])
     short = Path(name).resolve().name if run else f"{preset}-{Path(ident).name}".rstrip("-")
-    return f"{slug(short)}-{hashlib.sha1(whole.encode()).hexdigest()[:6]}"
+    return f"{slug(short)}-{digest(whole)[:6]}"
 
 
 def _local(folder: Path) -> list[Path]:

@@ -37,19 +37,16 @@ class Match(Similarity):
     def ask(self, predictor: Predictor, samples: Sequence[Sample]) -> list[Outcome]:
         """The best candidate of each sample, with a score for every candidate."""
         with encoding_once(predictor):
-            return self._ranked(predictor, samples)
-
-    def _ranked(self, predictor: Predictor, samples: Sequence[Sample]) -> list[Outcome]:
-        compared = super().ask(predictor, samples)
-        scores = [np.array(outcome.scores) for outcome in compared]
-        chosen = [shortlist(s[None], self.k_test)[0] for s in scores]
-        pairs = [
-            (sample.images[0], self.captions(sample)[c])
-            for sample, some in zip(samples, chosen, strict=True)
-            for c in some
-        ]
-        refs, texts = zip(*pairs, strict=True)
-        logits = predictor.match(refs, texts)[:, YES].numpy()
+            compared = super().ask(predictor, samples)
+            scores = [np.array(outcome.scores) for outcome in compared]
+            chosen = [shortlist(s[None], self.k_test)[0] for s in scores]
+            pairs = [
+                (sample.images[0], self.captions(sample)[c])
+                for sample, some in zip(samples, chosen, strict=True)
+                for c in some
+            ]
+            refs, texts = zip(*pairs, strict=True)
+            logits = predictor.match(refs, texts)[:, YES].numpy()
         parts = np.split(logits, np.cumsum([len(some) for some in chosen])[:-1])
         outcomes = []
         for sample, cosine, some, logit in zip(samples, scores, chosen, parts, strict=True):
@@ -81,16 +78,20 @@ class MatchRetrieve(Retrieve):
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Logit + cosine on each direction's own shortlist, -inf elsewhere: (U,C) and (C,U)."""
         with encoding_once(predictor):
-            return self._scores(predictor, refs, captions, galleries)
+            cosine = cosines(predictor.embed_images(refs), predictor.embed_texts(captions))
+            rows, columns = np.nonzero(self._asked(cosine, galleries))  # image by image
+            pairs = [refs[i] for i in rows], [captions[j] for j in columns]
+            read = predictor.match(*pairs)[:, YES].numpy()
+        logits = np.zeros(cosine.shape)
+        logits[rows, columns] = read
+        found = [(within(cosine, gallery), within(logits, gallery)) for gallery in galleries]
+        return [
+            (rerank_with_match(c, m, self.k_test), rerank_with_match(c.T, m.T, self.k_test))
+            for c, m in found
+        ]
 
-    def _scores(
-        self,
-        predictor: Predictor,
-        refs: Sequence[ImageRef],
-        captions: Sequence[str],
-        galleries: Sequence[Gallery],
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        cosine = cosines(predictor.embed_images(refs), predictor.embed_texts(captions))
+    def _asked(self, cosine: np.ndarray, galleries: Sequence[Gallery]) -> np.ndarray:
+        """Which pairs stand on a shortlist of either direction, of any gallery: (U,C) bool."""
         asked = np.zeros(cosine.shape, bool)
         for gallery in galleries:
             near = within(cosine, gallery)
@@ -98,15 +99,7 @@ class MatchRetrieve(Retrieve):
             np.put_along_axis(listed, shortlist(near, self.k_test), True, axis=1)
             np.put_along_axis(listed.T, shortlist(near.T, self.k_test), True, axis=1)
             asked[np.ix_(*gallery)] |= listed
-        rows, columns = np.nonzero(asked)  # image by image
-        pairs = [refs[i] for i in rows], [captions[j] for j in columns]
-        logits = np.zeros(cosine.shape)
-        logits[rows, columns] = predictor.match(*pairs)[:, YES].numpy()
-        found = [(within(cosine, gallery), within(logits, gallery)) for gallery in galleries]
-        return [
-            (rerank_with_match(c, m, self.k_test), rerank_with_match(c.T, m.T, self.k_test))
-            for c, m in found
-        ]
+        return asked
 
 
 def encoding_once(predictor: Predictor) -> AbstractContextManager:
