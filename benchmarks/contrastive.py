@@ -28,7 +28,7 @@ VARIANTS = (
     "ours_chunk64",
     "ours_without_trim",
     "ours_without_one_token",
-    "ours_without_length_groups",
+    "ours_with_length_groups",
 )
 BLOCK = 12 * WIDTH**2  # weights of a block
 
@@ -239,11 +239,11 @@ def measure(variant: str, args) -> Result:
     model = source if theirs else own(source)
     if variant == "ours_without_one_token":
         model.text._one_token = model.vision.pooled_only = False
-    if variant == "ours_without_length_groups":
-        dual.FULL = -1.0
+    if variant == "ours_with_length_groups":
+        dual.TRAFFIC = 0
     trim = variant != "ours_without_trim"
     if not trim:
-        dual.FULL = -1.0
+        dual.TRAFFIC = float("inf")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     seconds = 0.0
     with Memory() as memory:

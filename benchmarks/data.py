@@ -129,7 +129,7 @@ def measure(variant: str, args) -> Result:
 
         def run():
             for i in range(0, len(refs), 64):
-                how.normalize(torch.stack([cache.get(r.key) for r in refs[i : i + 64]]))
+                how.normalize(cache([r.key for r in refs[i : i + 64]]))
     else:
         how = transform(size, "exact" if variant == "ours_exact" else "draft")
         refs = references(paths)

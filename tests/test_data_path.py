@@ -77,11 +77,14 @@ def test_kept_pixels_are_those_of_the_transform(tmp_path, pictures, dialogue):
     transform = ImageTransform((24, 24))
     cache = PixelCache(tmp_path, transform)
     assert cache.fill(pictures[:3], limit_gb=1, progress=False)
-    assert PixelCache(tmp_path, transform).get(pictures[2].key) is not None
-    assert PixelCache(tmp_path, ImageTransform((16, 16))).get(pictures[2].key) is None
-    samples = [dialogue(("a", "b"), images=(i,)) for i in range(4)]
+    assert pictures[2].key in PixelCache(tmp_path, transform)
+    assert pictures[2].key not in PixelCache(tmp_path, ImageTransform((16, 16)))
+    samples = [dialogue(("a", "b"), images=(i,)) for i in (2, 0, 3, 1)]
     plain, kept = ImageLoader(transform), ImageLoader(transform)
     kept.pixels = cache  # the fourth picture is not in it
+    assert torch.equal(kept(samples)[0].pixels, plain(samples)[0].pixels)
+    assert cache.fill(pictures[:4], limit_gb=1, progress=False)  # now it is, in a file of its own
+    assert torch.equal(cache([s.images[0].key for s in samples]), plain(samples)[0].pixels)
     assert torch.equal(kept(samples)[0].pixels, plain(samples)[0].pixels)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from triptych.objectives.tokens import NextToken
-from triptych.parts import flat_rows
+from triptych.parts import block_mask, flat_rows
 from triptych.parts.language import LanguageModel
 from triptych.types import IGNORE, PAD, SHARED, Tokens
 
@@ -69,8 +69,7 @@ def test_no_padding_and_few_states_read_give_loss_and_gradients_of_the_dense_mas
 ):
     monkeypatch.setattr(flat_rows, "CALL", call)  # 0: samples attend apart, behind their prefix
     tokens, language = rows(), decoder(kind)
-    parts = flat_rows.FlatRows.of(tokens, None).pattern.parts
-    assert len(parts) == (3 if call else 6)
+    assert len(flat_rows.Pieces.of(tokens).parts) == (3 if call else 6)
     assert language._flat
     read = (tokens.labels != IGNORE).roll(-1, 1)
 
@@ -92,6 +91,64 @@ def test_no_padding_and_few_states_read_give_loss_and_gradients_of_the_dense_mas
         for name, gradient in gradients.items():
             scale = expected[name].abs().max().clamp_min(1)
             torch.testing.assert_close(gradient / scale, expected[name] / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_the_block_mask_of_gpus_gives_the_states_of_the_dense_mask(kind, monkeypatch):
+    tokens, language = rows(), decoder(kind)
+    read = (tokens.labels != IGNORE).roll(-1, 1)
+    embeds = language.embed(tokens)
+    language._flat = False
+    expected = language(embeds, tokens)
+    language._flat = True
+    monkeypatch.setattr(block_mask, "suits", lambda *_: True)
+    calls = []
+    attend = block_mask.Blocks.attend
+    monkeypatch.setattr(
+        block_mask.Blocks, "attend", lambda *args: calls.append(args) or attend(*args)
+    )
+    # the kernel is compiled on GPUs alone, and has no backward pass elsewhere
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        whole = language(embeds, tokens)[tokens.mask]
+        few = language(embeds, tokens, scored=read)[read]
+    torch.testing.assert_close(whole, expected[tokens.mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(few, expected[read], rtol=1e-5, atol=1e-5)
+    assert [args[2].shape[2] for args in calls] == [25, 25, 25, int(read.sum())]
+
+
+def test_the_block_mask_sees_what_the_dense_mask_sees():
+    from torch.nn.attention.flex_attention import create_mask
+
+    from triptych.parts.attention import visible
+
+    torch.manual_seed(2)
+    segments = torch.randint(PAD, 4, (5, 150))  # samples that interleave, and padding anywhere
+    tokens = Tokens(segments, segments, segments)
+    dense = visible(tokens, "causal")
+    real = tokens.mask.flatten().nonzero()[:, 0]
+    expected = torch.block_diag(*dense).bool()[real][:, real]
+    blocks = block_mask.Blocks.of(tokens)
+    sizes = (1, 1, len(real), len(real))
+    assert torch.equal(create_mask(blocks.mask.mask_mod, *sizes, device="cpu")[0, 0], expected)
+    few = blocks.at(torch.tensor([3, 200, 301]))
+    seen = create_mask(few.mask.mask_mod, 1, 1, 3, len(real), device="cpu")[0, 0]
+    assert torch.equal(seen, expected[[3, 200, 301]])
+    assert blocks.mask.sparsity() > 50  # % of blocks skipped: rows do not pay for each other
+
+
+def test_the_block_mask_is_for_newer_gpus_and_decoders_it_fits(monkeypatch):
+    gpu, config = torch.device("cuda"), decoder("llama").config
+    config.head_dim = 64
+    monkeypatch.setattr(block_mask, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert block_mask.suits(config, gpu) and not block_mask.suits(config, torch.device("cpu"))
+    config.attention_dropout = 0.1
+    assert not block_mask.suits(config, gpu)
+    config.attention_dropout, config.head_dim = 0.0, 8
+    assert not block_mask.suits(config, gpu)
+    config.head_dim = 64
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not block_mask.suits(config, gpu)
 
 
 def test_the_last_block_works_on_the_read_positions_alone():

@@ -97,6 +97,17 @@ def test_captions_of_like_length_run_together_in_the_same_order(chunk):
     same(own, gradients(text, lambda: text(tokens)))
 
 
+def test_groups_by_length_are_left_out_where_large_embeddings_would_get_their_gradients():
+    config = {"model_type": "clip_text_model", **TEXT, "vocab_size": 50_000, "eos_token_id": 59}
+    text, tokens, widths = TextEncoder(config=config), captions(), []
+    text.register_forward_pre_hook(lambda m, args: widths.append(args[0].ids.shape[1]))
+    dual._by_length(text, tokens, 0)
+    assert widths == [16]
+    with torch.no_grad():  # no gradients, no cost
+        dual._by_length(text, tokens, 0)
+    assert len(set(widths[1:])) > 1
+
+
 def test_a_dual_encoder_reads_the_class_token_alone():
     vision = VisionEncoder(
         config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, **SIZES},

@@ -57,21 +57,17 @@ class FeatureCache(Shards):
 
     def __call__(self, refs: Sequence[ImageRef]) -> ImageFeatures:
         """Cached features of these images, flat, in their order."""
-        tokens, pooled = [], []
         for ref in refs:
             if ref.key not in self:
                 raise TriptychError(
                     f"the image '{ref.name}' is not in the feature cache; the data changed while "
                     "the run was going: start it again."
                 )
-            row = self.row(ref.key)
-            tokens.append(row["tokens"])
-            if "pooled" in row:
-                pooled.append(row["pooled"])
-        stacked = _tensor(np.stack(tokens), self.encoder.model.dtype)  # (U,P,D)
-        counts = torch.full((len(tokens),), stacked.shape[1])
-        vectors = _tensor(np.stack(pooled), self.encoder.model.dtype) if pooled else None
-        return ImageFeatures(stacked.flatten(0, 1), counts, vectors)
+        rows = self.rows([ref.key for ref in refs])
+        found = {name: _tensor(array, self.encoder.model.dtype) for name, array in rows.items()}
+        tokens = found["tokens"]  # (U,P,D)
+        counts = torch.full((len(tokens),), tokens.shape[1])
+        return ImageFeatures(tokens.flatten(0, 1), counts, found.get("pooled"))
 
     @torch.inference_mode()
     def _write(self, refs: list[ImageRef], bar: tqdm) -> None:

@@ -6,7 +6,7 @@ run with other sizes or filters reads other files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,9 @@ class PixelCache(Shards):
         super().__init__(folder, vars(transform))
         self.transform = transform
 
-    def get(self, key: str) -> Tensor | None:
-        """(3,H,W) uint8, or None if this image was not there when the cache was filled."""
-        if key not in self:
-            return None
-        return torch.from_numpy(self.row(key)["pixels"].copy())
+    def __call__(self, keys: Sequence[str]) -> Tensor:
+        """(U,3,H,W) uint8 of images that are all in the cache."""
+        return torch.from_numpy(self.rows(keys)["pixels"])
 
     def fill(self, refs: Iterable[ImageRef], limit_gb: float, progress: bool = True) -> bool:
         """Decode what is missing; False if that would pass the limit, and nothing is kept."""

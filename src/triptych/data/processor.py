@@ -72,13 +72,12 @@ class ImageLoader:
         if self.cached is not None:
             features = self.cached([ref for ref, _ in first.values()])
             return Images(list(index), features=features), index
-        pixels = torch.stack([self._read(ref, sample) for ref, sample in first.values()])
+        if self.pixels is not None and all(key in self.pixels for key in index):
+            return Images(list(index), pixels=self.pixels(list(index))), index
+        pixels = torch.stack([self._decode(ref, sample) for ref, sample in first.values()])
         return Images(list(index), pixels=pixels), index
 
-    def _read(self, ref: ImageRef, sample: Sample) -> Tensor:
-        known = self.pixels.get(ref.key) if self.pixels is not None else None
-        if known is not None:
-            return known
+    def _decode(self, ref: ImageRef, sample: Sample) -> Tensor:
         try:
             return self.transform.read(ref)
         except DataError as error:

@@ -28,10 +28,18 @@ class Shards:
     def __contains__(self, key: str) -> bool:
         return key in self._rows
 
-    def row(self, key: str) -> dict[str, np.ndarray]:
-        """The rows of an image by the names of their arrays."""
-        shard, row = self._rows[key]
-        return {name: array[row] for name, array in self._arrays[shard].items()}
+    def rows(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
+        """Copies of the rows of some images, in their order, by the names of their arrays."""
+        shards, rows = np.array([self._rows[key] for key in keys]).T
+        if (shards == shards[0]).all():
+            return {name: array[rows] for name, array in self._arrays[shards[0]].items()}
+        found = {}
+        for name, array in self._arrays[shards[0]].items():
+            found[name] = np.empty((len(rows), *array.shape[1:]), array.dtype)
+            for shard in set(shards):
+                here = shards == shard
+                found[name][here] = self._arrays[shard][name][rows[here]]
+        return found
 
     @contextmanager
     def adding(self, keys: Sequence[str]) -> Iterator[Path]:

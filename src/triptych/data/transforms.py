@@ -80,7 +80,8 @@ class ImageTransform:
     def normalize(self, pixels: Tensor) -> Tensor:
         """(U,3,H,W) float32 from uint8."""
         mean, std = (pixels.new_tensor(v, dtype=torch.float32) for v in (self.mean, self.std))
-        return (pixels.float() / 255 - mean[:, None, None]) / std[:, None, None]
+        made = pixels.to(torch.float32, copy=True)
+        return made.div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
 
     def _squash(self, picture: Image.Image) -> Image.Image:
         return picture.resize((self.size[1], self.size[0]), self.resample)

@@ -20,7 +20,7 @@ from triptych.types import Batch, ImageFeatures, Images, Tokens, TriptychError
 
 Projection = Literal["linear", "mlp", "identity"]
 GROUP, GROUPS = 32, 4  # captions of like length: at least so many run together, in so many groups
-FULL = 0.9  # share of words above which padding is not worth sorting for
+TRAFFIC = 1000  # FLOP in the time in which a gradient's number is zeroed, filled and added
 Part = TypeVar("Part", Images, Tokens)
 
 
@@ -149,23 +149,35 @@ def _in_chunks(
     return torch.cat([checkpoint(run, piece, use_reentrant=False) for piece in pieces])
 
 
-def _by_length(run: Callable[[Tokens], Tensor], tokens: Tokens, chunk: int) -> Tensor:
+def _by_length(text: TextEncoder, tokens: Tokens, chunk: int) -> Tensor:
     """Captions of like length run together, trimmed to the longest of them; the order stays.
 
-    The batch is what it was, so no sample meets other negatives. Not worth it for few rows, or
-    where nearly all of the batch is words.
+    The batch is what it was, so no sample meets other negatives. Chunks are such groups anyway;
+    else the padding that is saved must be worth more than the embeddings' gradients of each group.
     """
     lengths, (rows, width) = tokens.mask.sum(1), tokens.ids.shape
     size = chunk or max(GROUP, -(-rows // GROUPS))
-    if rows <= size or int(lengths.sum()) > FULL * rows * width:
-        return _in_chunks(run, tokens, chunk)
+    if rows <= size:
+        return _in_chunks(text, tokens, chunk)
     order = lengths.argsort(stable=True)
+    groups = order.split(size)
+    longest = [int(lengths[group[-1]]) for group in groups]
+    padding = rows * width - sum(n * len(group) for n, group in zip(longest, groups, strict=True))
+    if not chunk and not _pays(text, padding, len(groups) - 1):
+        return text(tokens)
     pieces = []
-    for group in order.split(size):
-        longest = int(lengths[group].max())
-        fields = (None if v is None else v[group, :longest] for v in vars(tokens).values())
-        pieces.append(_in_chunks(run, Tokens(*fields), chunk, recompute=bool(chunk)))
+    for group, end in zip(groups, longest, strict=True):
+        fields = (None if v is None else v[group, :end] for v in vars(tokens).values())
+        pieces.append(_in_chunks(text, Tokens(*fields), chunk, recompute=bool(chunk)))
     return torch.cat(pieces)[order.argsort()]
+
+
+def _pays(text: TextEncoder, padding: int, calls: int) -> bool:
+    """Whether so many tokens less are worth so many calls more: FLOP against memory traffic."""
+    tables = [m.weight for m in text.modules() if isinstance(m, nn.Embedding)]
+    products = sum(p.numel() for p in text.parameters()) - sum(t.numel() for t in tables)
+    trained = sum(t.numel() for t in tables if t.requires_grad and torch.is_grad_enabled())
+    return 6 * products * padding > TRAFFIC * trained * calls
 
 
 def _images(images: Images, parts: Iterator[slice]) -> Iterator[Images]:

@@ -1,22 +1,25 @@
-"""Rows without their padding: a decoder's blocks run on real tokens only, attention row by row.
+"""Rows without their padding: a decoder's blocks run on real tokens only.
 
-The rows of a batch are laid behind each other as one, so that padding costs no matrix product. The
-last block computes queries, output and MLP only where a state is read; its keys and values stand
-for all tokens. Both leave the numbers as they are, for any decoder of the library whose attention
-goes through its interface and that takes a cache: no class of it is named here.
+The rows of a batch are laid behind each other as one, so that padding costs no matrix product;
+attention goes row by row, or on a GPU in one call over a block mask. The last block computes
+queries, output and MLP only where a state is read; its keys and values stand for all tokens. Both
+leave the numbers as they are, for any decoder of the library whose attention goes through its
+interface and that takes a cache: no class of it is named here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from triptych.parts import block_mask
 from triptych.parts.attention import visible
 from triptych.types import SHARED, Tokens
 
@@ -38,15 +41,75 @@ class Part:
     mask: Tensor | None  # (q,k) True where visible; None = causal over the own piece
 
 
+class Pattern(Protocol):
+    """How tokens that lie behind each other attend."""
+
+    def at(self, read: Tensor) -> Pattern:
+        """The same for the queries (R,) alone, in ascending order."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,  # (1,heads,Q,d)
+        key: Tensor,  # (1,heads or fewer,N,d)
+        value: Tensor,
+        scaling: float | None,
+        dropout: float,
+    ) -> Tensor:
+        """(1,Q,heads,d)."""
+
+
 @dataclass(frozen=True)
-class Pattern:
-    """How N tokens attend: their keys in pieces of these lengths, their queries in parts.
+class Pieces:
+    """A pattern of calls: keys in pieces of these lengths, queries in parts.
 
     Tensors are split once and not sliced, whose backward pass would fill N zeros for each slice.
     """
 
-    pieces: tuple[int, ...]
+    lengths: tuple[int, ...]
     parts: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, tokens: Tokens) -> Pieces:
+        """Over the N real tokens of (B,T), a query each."""
+        parts: list[Part] = []
+        for real, segments in zip(tokens.mask, tokens.segments, strict=True):
+            own = segments[real]  # (length,)
+            if len(own):
+                parts += _row_parts(own, len(parts))
+        return cls(tuple(part.length for part in parts), tuple(parts))
+
+    def at(self, read: Tensor) -> Pieces:
+        return Pieces(self.lengths, _reading(self.parts, read))
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        dropout: float,
+    ) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+        keys, values = key.split(self.lengths, 2), value.split(self.lengths, 2)
+        queries = query.split([part.length for part in self.parts], 2)
+        found = [
+            F.scaled_dot_product_attention(
+                own,
+                _join(keys, part.keys),
+                _join(values, part.keys),
+                attn_mask=part.mask,
+                dropout_p=dropout,
+                is_causal=part.mask is None,
+                scale=scaling,
+            )
+            for own, part in zip(queries, self.parts, strict=True)
+        ]
+        out = found[0] if len(found) == 1 else torch.cat(found, 2)
+        return out.transpose(1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -59,22 +122,17 @@ class FlatRows:
     reading: Pattern | None = None  # of the R alone, over the keys of all
 
     @classmethod
-    def of(cls, tokens: Tokens, scored: Tensor | None) -> FlatRows:
-        """From (B,T) tokens; scored: (B,T) True where a state will be read."""
-        real = tokens.mask
-        parts: list[Part] = []
-        for row, segments in enumerate(tokens.segments):
-            own = segments[real[row]]  # (length,)
-            if len(own):
-                parts += _row_parts(own, len(parts))
-        places = real.flatten().nonzero()[:, 0]
-        pattern = Pattern(tuple(part.length for part in parts), tuple(parts))
+    def of(cls, tokens: Tokens, scored: Tensor | None, config: Any) -> FlatRows:
+        """From (B,T) tokens of a decoder; scored: (B,T) True where a state will be read."""
+        fused = block_mask.suits(config, tokens.ids.device)
+        pattern: Pattern = block_mask.Blocks.of(tokens) if fused else Pieces.of(tokens)
+        places = tokens.mask.flatten().nonzero()[:, 0]
         if scored is None:
             return cls(places, pattern)
         read = scored.flatten()[places].nonzero()[:, 0]
         if len(read) > READ * len(places) or not len(read):
             return cls(places, pattern)
-        return cls(places, pattern, read, Pattern(pattern.pieces, _reading(parts, read)))
+        return cls(places, pattern, read, pattern.at(read))
 
 
 def _plain(segments: Tensor) -> bool:
@@ -107,7 +165,7 @@ def _row_parts(segments: Tensor, first: int) -> list[Part]:
     return parts
 
 
-def _reading(parts: list[Part], read: Tensor) -> tuple[Part, ...]:
+def _reading(parts: Sequence[Part], read: Tensor) -> tuple[Part, ...]:
     """The same parts with only the queries that are read; `read` is in ascending order."""
     found, start, at = [], 0, 0
     bounds = torch.tensor([p.length for p in parts], device=read.device).cumsum(0)
@@ -134,32 +192,14 @@ def attend(
     rows: Pattern | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The library's attention function: part by part if there are rows, else its own fused one."""
+    """The attention function: by the pattern of rows if there is one, else the library's own."""
     if rows is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
-    keys, values = key.split(rows.pieces, 2), value.split(rows.pieces, 2)
-    queries = query.split([part.length for part in rows.parts], 2)
-    found = [
-        F.scaled_dot_product_attention(
-            own,
-            _join(keys, part.keys),
-            _join(values, part.keys),
-            attn_mask=part.mask,
-            dropout_p=dropout,
-            is_causal=part.mask is None,
-            scale=scaling,
-        )
-        for own, part in zip(queries, rows.parts, strict=True)
-    ]
-    out = found[0] if len(found) == 1 else torch.cat(found, 2)
-    return out.transpose(1, 2).contiguous(), None
+    return rows.attend(module, query, key, value, scaling, dropout), None
 
 
 def _join(pieces: tuple[Tensor, ...], numbers: tuple[int, ...]) -> Tensor:
@@ -191,9 +231,11 @@ def enable(model: PreTrainedModel, last: nn.Module) -> bool:
 def fits(config: Any, tokens: Tokens) -> bool:
     """Whether rows lie within the decoder's attention window, and are worth taking apart.
 
-    A GPU attends to a full batch in one call; there rows pay only where much of it is padding.
+    A GPU without the fused kernel attends to a full batch in one call; there rows pay only where
+    much of it is padding.
     """
-    if tokens.ids.is_cuda and int(tokens.mask.sum()) > GPU_FULL * tokens.ids.numel():
+    one_by_one = tokens.ids.is_cuda and not block_mask.suits(config, tokens.ids.device)
+    if one_by_one and int(tokens.mask.sum()) > GPU_FULL * tokens.ids.numel():
         return False
     window = getattr(config, "sliding_window", None)
     return window is None or int(tokens.positions.max()) < window
@@ -257,4 +299,4 @@ def _at(value: Any, read: Tensor) -> Any:
     return value[:, read] if isinstance(value, Tensor) else value
 
 
-__all__ = ["FlatRows", "attend", "enable", "fits"]
+__all__ = ["FlatRows", "Pieces", "attend", "enable", "fits"]

@@ -107,7 +107,7 @@ class LanguageModel(nn.Module):
 
     def _without_padding(self, embeds: Tensor, tokens: Tokens, scored: Tensor | None) -> Tensor:
         """The same over the real tokens alone, laid behind each other as one row (1,N,D)."""
-        rows = flat_rows.FlatRows.of(tokens, scored)
+        rows = flat_rows.FlatRows.of(tokens, scored, self.config)
         hidden = self.model.base_model(
             inputs_embeds=embeds.flatten(0, 1)[rows.places][None],
             attention_mask=embeds.new_zeros(1, 1, 1, 1),  # taken as finished; rows stand for it
