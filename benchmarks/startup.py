@@ -63,8 +63,8 @@ def environment() -> dict[str, str]:
 def first_step() -> float:
     folder = tempfile.mkdtemp() + "/run"
     code = STEP.format(began=time.time(), folder=folder, root=str(ROOT))
-    lines = timed([sys.executable, "-c", code])[1].splitlines()
-    return float(next(x for x in lines if x.startswith("FIRST")).split()[1])
+    printed = timed([sys.executable, "-c", code])[1]  # behind the progress bar's last line
+    return float(printed.partition("FIRST ")[2].split()[0])
 
 
 def main() -> None:
