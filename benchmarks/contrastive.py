@@ -29,6 +29,7 @@ VARIANTS = (
     "ours_without_trim",
     "ours_without_one_token",
     "ours_with_length_groups",
+    "ours_without_kept_memory",
 )
 BLOCK = 12 * WIDTH**2  # weights of a block
 
@@ -234,7 +235,7 @@ def measure(variant: str, args) -> Result:
     source = peer()
     theirs = variant.startswith("open_clip")
     chunk = 64 if variant.endswith("chunk64") else 0
-    if not theirs:
+    if not theirs and variant != "ours_without_kept_memory":
         keep_memory()
     model = source if theirs else own(source)
     if variant == "ours_without_one_token":

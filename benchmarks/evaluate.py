@@ -20,7 +20,14 @@ import side_by_side
 from side_by_side import Memory, Result, finished
 
 NEW = 8
-VARIANTS = ("per_question", "ours", "ours_without_shared_prefill", "ours_batch_1")
+VARIANTS = (
+    "per_question",
+    "ours",
+    "ours_without_shared_prefill",
+    "ours_without_roomy_cache",
+    "ours_batch_1",
+)
+WARM = 64  # questions answered before the clock starts
 
 
 def samples(count: int) -> list:
@@ -39,11 +46,16 @@ def library():
     return model, AutoProcessor.from_pretrained(model_a.folder())
 
 
-def per_question(chosen: list) -> list[str]:
+def per_question(chosen: list):
+    model, processor = library()
+    _ask_each(model, processor, chosen[:WARM])
+    yield None
+    yield _ask_each(model, processor, chosen)
+
+
+def _ask_each(model, processor, chosen: list) -> list[str]:
     import torch
 
-    model, processor = library()
-    yield None  # loaded
     answers = []
     for sample in chosen:
         asked = sample.messages[0]["content"][-1]["text"]
@@ -58,20 +70,27 @@ def per_question(chosen: list) -> list[str]:
             out = model.generate(**inputs, do_sample=False, max_new_tokens=NEW)
         new = out[:, inputs["input_ids"].shape[1] :]
         answers.append(processor.batch_decode(new, skip_special_tokens=True)[0].strip())
-    yield answers
+    return answers
 
 
 def ours(chosen: list, variant: str):
     from triptych.evaluation.model_predictor import ModelPredictor
+    from triptych.hardware import keep_memory
     from triptych.interop import from_hf
 
+    keep_memory()
     model = from_hf(str(model_a.folder()), template=model_a.TEMPLATE).eval()
     if variant == "ours_without_shared_prefill":
         import triptych.models.vlm as vlm
 
         vlm.first_alike = lambda batch: None
+    if variant == "ours_without_roomy_cache":
+        from triptych.parts import roomy_cache
+
+        roomy_cache.with_room = lambda cache: cache
     size = 1 if variant == "ours_batch_1" else 64
     predictor = ModelPredictor(model, model.processor(), batch_size=size)
+    predictor.generate(chosen[:WARM], max_new_tokens=NEW)
     yield None
     yield predictor.generate(chosen, max_new_tokens=NEW)
 

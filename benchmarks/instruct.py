@@ -35,6 +35,7 @@ ABLATIONS = (
     "without_thin_lora",
     "without_supervised_head",
     "without_token_cache",
+    "without_kept_memory",
 )
 LR = 1e-4
 
@@ -201,7 +202,8 @@ def ours(variant: str, args) -> Result:
     from triptych.objectives.tokens import NextToken
     from triptych.optim import Optim
 
-    keep_memory()
+    if variant != "without_kept_memory":
+        keep_memory()
     quiet_libraries()
     pl.seed_everything(0, verbose=False)
     model = model_a.ours()

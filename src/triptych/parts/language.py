@@ -174,6 +174,8 @@ class LanguageModel(nn.Module):
     def _read_prefixes(self, embeds: Tensor, tokens: Tokens, first: Tensor) -> Any:
         """A cache of B rows over the columns of the shared prefixes, each computed once."""
         width = int((tokens.segments == SHARED).any(0).nonzero().amax()) + 1
+        from triptych.parts.roomy_cache import with_room
+
         rows, lent = first.unique(return_inverse=True)
         cache = self.model.base_model(
             inputs_embeds=embeds[rows, :width],
@@ -182,7 +184,7 @@ class LanguageModel(nn.Module):
             use_cache=True,
         ).past_key_values
         cache.batch_select_indices(lent)
-        return cache
+        return with_room(cache)
 
     @cached_property
     def stop_ids(self) -> list[int]:
