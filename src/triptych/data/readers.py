@@ -86,8 +86,8 @@ class Instructions(Sequence[Sample]):
     `source`.
 
     At construction up to `check` rows, evenly spread, are parsed and their images looked up
-    (pictures are decoded only when used). Rows stay bytes until asked for: millions of them cost
-    16 bytes each from JSONL.
+    (0 = none, for who reads them all; pictures are decoded only when used). Rows stay bytes until
+    asked for: millions of them cost 16 bytes each from JSONL.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Instructions(Sequence[Sample]):
         self._length = len(range(len(self._rows))[:limit])
         if not self._length:
             raise DataError(f"file '{path}' holds no sample; give at least one row.")
-        for index in range(0, self._length, max(1, self._length // max(1, check))):
+        for index in range(0, self._length if check else 0, max(1, self._length // max(1, check))):
             _, _, paths, where = self._read(index)
             for name in paths:
                 self._locate(name, where)

@@ -71,7 +71,7 @@ def flatten(content: list[dict] | str) -> str:
     # an image ends its line, as in LLaVA's "<image>\n" prompts
     return "".join(
         w + "\n" if w == IMAGE_MARK and follower not in (None, IMAGE_MARK) else w
-        for w, follower in zip(words, [*words[1:], None], strict=True)
+        for w, follower in zip(words, [*words[1:], None], strict=False)  # an empty turn has none
     )
 
 

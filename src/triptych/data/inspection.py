@@ -1,0 +1,302 @@
+"""What is wrong with a data set, found before a run meets it: all samples, not the first mistake.
+
+Each finding names its sample. Some would stop a run (a picture that cannot be read, a dialogue with
+nothing to predict); the others train in silence, which is worse: answers cut at the limit, turns
+that were not split, the same question with two answers, texts in a broken encoding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from tqdm import tqdm
+
+from triptych.data.processor import CaptionProcessor, ChatProcessor, Encoded
+from triptych.types import IGNORE, DataError, ImageRef, Sample
+
+STOPS = ("unreadable", "refused", "too long")  # kinds of finding at which a run would end
+AHEAD = 512  # samples whose pictures are decoded at a time
+THIN = 4.0  # sides of a picture whose ratio is larger lose much of it to a square
+SMALL = 0.5  # of the model's side: a smaller picture is mostly interpolation
+COMMON = 0.5  # share of one answer from which a model need not look
+
+_SPEAKER = re.compile(r"^\s*(?:#+\s*)?(?:user|human|assistant|gpt|system)\s*:", re.I | re.M)
+_LEFT = re.compile(r"<image>|</?s>|<\|[\w ]+\|>|\[/?INST\]", re.I)
+_BROKEN = re.compile("\ufffd|Ã[\u0080-\u00bf]|â€[\u0080-\u2122]|[\x00-\x08\x0b\x0c\x0e-\x1f]")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to look at; `says` is a sentence that names the sample."""
+
+    kind: str
+    says: str
+    sample: str = ""
+
+    @property
+    def stops(self) -> bool:
+        """Whether a run would end at it."""
+        return self.kind in STOPS
+
+
+@dataclass
+class Inspection:
+    """What was found in `samples` samples, and how long they are for one model."""
+
+    samples: int = 0
+    images: int = 0  # distinct
+    findings: list[Finding] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # tokens of a sample before any cut
+    learned: list[int] = field(default_factory=list)  # tokens of a sample that carry loss
+    limit: int = 0  # data.max_length, or less where the text tower takes less
+    shown: list[tuple[Sample, Encoded]] = field(default_factory=list)
+
+    @property
+    def stops(self) -> bool:
+        """Whether a run over these data would end with an error."""
+        return any(finding.stops for finding in self.findings)
+
+    def kinds(self) -> dict[str, list[Finding]]:
+        """Findings by kind, those that stop a run first, then the most frequent."""
+        found: dict[str, list[Finding]] = defaultdict(list)
+        for finding in self.findings:
+            found[finding.kind].append(finding)
+        return dict(sorted(found.items(), key=lambda kv: (not kv[1][0].stops, -len(kv[1]))))
+
+
+def inspect(
+    reader: Sequence[Sample],
+    processor: Any,
+    side: int | None = None,
+    most: int | None = None,
+    show: int = 24,
+    progress: bool = True,
+) -> Inspection:
+    """Read every sample (or the first `most`), decode its pictures, and write it as tokens.
+
+    processor: the model's; rows of dialogues and captions are counted in its tokens, others not.
+    side: pixels of the model's shorter side. show: samples kept with their tokens.
+    """
+    found = Inspection()
+    texts, images = _Texts(found), _Images(found, side)
+    measure = _measure(processor, found)
+    count = len(reader) if most is None else min(most, len(reader))
+    bar = tqdm(total=count, desc="Looking at samples", unit="sample", disable=not progress)
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, count, AHEAD):
+            window = range(start, min(start + AHEAD, count))
+            for sample, sizes in pool.map(partial(_read, reader, images.sizes), window):
+                found.samples += 1
+                bar.update()
+                if isinstance(sample, DataError):
+                    found.findings.append(Finding("unreadable", str(sample)))
+                elif images.look(sample, sizes):
+                    texts.look(sample)
+                    encoded = measure(sample)
+                    if encoded is not None and len(found.shown) < show:
+                        found.shown.append((sample, encoded))
+    bar.close()
+    texts.finish()
+    found.images = len(images.sizes)
+    return found
+
+
+def _read(
+    reader: Sequence[Sample], known: dict[str, Any], index: int
+) -> tuple[Sample | DataError, list[Any]]:
+    """The sample, and (width, height) or the error of each of its images."""
+    try:
+        sample = reader[index]
+    except DataError as error:
+        return error, []
+    return sample, [known.get(ref.key) or _size(ref) for ref in sample.images]
+
+
+def _size(ref: ImageRef) -> tuple[int, int] | DataError:
+    try:
+        return ref.open().size
+    except DataError as error:
+        return error
+    except OSError as error:
+        return DataError(f"image '{ref.name}' cannot be read ({error}).")
+
+
+class _Images:
+    """Pictures that cannot be read, or that lose most of what they show."""
+
+    def __init__(self, found: Inspection, side: int | None) -> None:
+        self.found, self.side = found, side
+        self.sizes: dict[str, Any] = {}
+
+    def look(self, sample: Sample, sizes: Sequence[Any]) -> bool:
+        """False if one of the sample's pictures cannot be read."""
+        readable = True
+        for ref, size in zip(sample.images, sizes, strict=True):
+            new = ref.key not in self.sizes
+            self.sizes[ref.key] = size
+            if isinstance(size, DataError):
+                readable, says = False, str(size)
+                named = says if says.startswith("sample ") else f"sample '{sample.id}': {says}"
+                self.found.findings.append(Finding("unreadable", named, sample.id))
+            elif new:
+                self._shape(ref, size, sample.id)
+        return readable
+
+    def _shape(self, ref: ImageRef, size: tuple[int, int], name: str) -> None:
+        wide, high = size
+        says = f"image '{ref.name}' of sample '{name}' has {wide} x {high} pixels"
+        if max(size) > THIN * min(size):
+            text = f"{says}; a square of it shows little, cut it or pad it."
+            self.found.findings.append(Finding("thin picture", text, name))
+        elif self.side and min(size) < SMALL * self.side:
+            text = f"{says} where the model looks at {self.side}; it will be blurred."
+            self.found.findings.append(Finding("small picture", text, name))
+
+
+class _Texts:
+    """Words that teach the wrong thing without any error."""
+
+    def __init__(self, found: Inspection) -> None:
+        self.found = found
+        self.first: dict[tuple, str] = {}  # the whole sample -> who said it first
+        self.asked: dict[tuple, tuple[str, str]] = {}  # prompt over images -> answer, sample
+        self.answers: Counter[str] = Counter()
+
+    def look(self, sample: Sample) -> None:
+        name, images = sample.id, tuple(ref.key for ref in sample.images)
+        turns = [(m["role"], _words(m)) for m in sample.messages]
+        self._turns(name, sample, turns)
+        whole = (images, tuple(turns))
+        if whole in self.first:
+            self._add("repeated", f"sample '{name}' says what '{self.first[whole]}' says.", name)
+            return
+        self.first[whole] = name
+        if not turns or turns[-1][0] != "assistant":
+            return
+        answer = turns[-1][1]
+        self.answers[" ".join(answer.lower().split())] += 1
+        if len(turns) < 2:  # a caption alone: an image may have many
+            return
+        question = (images, tuple(turns[:-1]))
+        other, before = self.asked.setdefault(question, (answer, name))
+        if " ".join(other.lower().split()) != " ".join(answer.lower().split()):
+            text = f"samples '{before}' and '{name}' ask the same of the same image and answer "
+            self._add("contradiction", f"{text}'{_cut(other)}' and '{_cut(answer)}'.", name)
+
+    def _turns(self, name: str, sample: Sample, turns: Sequence[tuple[str, str]]) -> None:
+        for number, (role, words) in enumerate(turns, 1):
+            where = f"turn {number} ({role}) of sample '{name}'"
+            pictures = any(p["type"] == "image" for p in sample.messages[number - 1]["content"])
+            if not words.strip() and not pictures:
+                self._add("empty turn", f"{where} is empty; drop it or write it.", name)
+            if spoken := _SPEAKER.search(words):
+                text = f"{where} holds '{spoken[0].strip()}': turns that were not split."
+                self._add("unsplit turns", text, name)
+            if left := _LEFT.search(words):
+                text = f"{where} holds '{left[0]}', a mark of some template; take it out."
+                self._add("template marks", text, name)
+            if broken := _BROKEN.search(words):
+                text = f"{where} holds {broken[0]!r}: text in a broken encoding, save it as UTF-8."
+                self._add("broken encoding", text, name)
+        target, listed = str(sample.target), sample.candidates
+        if listed and sample.target is not None and target not in listed:
+            text = f"the answer '{_cut(target)}' of sample '{name}' is none of its candidates; "
+            self._add("outside its list", f"{text}correct one of them.", name)
+
+    def finish(self) -> None:
+        """What only the whole set shows."""
+        total = sum(self.answers.values())
+        if not total:
+            return
+        answer, count = self.answers.most_common(1)[0]
+        if total >= 20 and count > COMMON * total:
+            text = f"'{_cut(answer)}' is {100 * count / total:.0f} % of all answers: a model that "
+            self._add("one answer", f"{text}never looks reaches that.", "")
+
+    def _add(self, kind: str, says: str, name: str) -> None:
+        self.found.findings.append(Finding(kind, says, name))
+
+
+def _measure(processor: Any, found: Inspection) -> Any:
+    """A function of a sample that counts its tokens, and gives them where they have labels."""
+    if isinstance(processor, ChatProcessor) and type(processor).encode is ChatProcessor.encode:
+        found.limit = processor.max_length
+        whole = replace(processor, max_length=1 << 40, _cache={})
+        return partial(_measure_row, processor, whole, found)
+    if isinstance(processor, CaptionProcessor):
+        tower = getattr(processor.encode, "__self__", None)
+        found.limit = min(processor.max_length, getattr(tower, "max_length", processor.max_length))
+        tokenizer = getattr(tower, "tokenizer", None)
+        return partial(_measure_caption, tokenizer, found)
+    return lambda sample: None
+
+
+def _measure_row(
+    processor: ChatProcessor, whole: ChatProcessor, found: Inspection, sample: Sample
+) -> Encoded | None:
+    whole._cache.clear()  # every sample is asked once
+    try:
+        full = whole.encode(sample)
+    except DataError as error:
+        found.findings.append(Finding("refused", str(error), sample.id))
+        return None
+    found.lengths.append(len(full))
+    labels = [label for label in full.labels if label != IGNORE]
+    found.learned.append(len(labels))
+    if labels and processor.tokenizer.eos_token_id not in labels[-2:]:
+        text = f"no stop token carries loss in sample '{sample.id}': the model never learns to end "
+        add = f"{text}its answers; look at the chat template."
+        found.findings.append(Finding("no stop token", add, sample.id))
+    if len(full) <= processor.max_length:
+        return full
+    try:
+        cut = processor.encode(sample)
+    except DataError as error:
+        found.findings.append(Finding("too long", str(error), sample.id))
+        return full
+    lost = len(labels) - sum(label != IGNORE for label in cut.labels)
+    text = f"sample '{sample.id}' has {len(full)} tokens and data.max_length={processor.max_length}"
+    found.findings.append(Finding("cut", f"{text}: {lost} that carry loss are cut.", sample.id))
+    return cut
+
+
+def _measure_caption(tokenizer: Any, found: Inspection, sample: Sample) -> None:
+    if len(sample.images) != 1:
+        text = f"sample '{sample.id}' has {len(sample.images)} images; contrastive training takes "
+        found.findings.append(Finding("refused", f"{text}exactly one.", sample.id))
+    elif tokenizer is not None:
+        length = len(tokenizer(sample.text)["input_ids"])
+        found.lengths.append(length)
+        if length > found.limit:
+            text = f"the caption of sample '{sample.id}' has {length} tokens; the text tower reads "
+            found.findings.append(Finding("cut", f"{text}{found.limit}.", sample.id))
+
+
+def runs(encoded: Encoded, image: int) -> Iterator[tuple[str, list[int]]]:
+    """The tokens of a sample in runs of one kind: "image", "read" or "learned"."""
+    ids = encoded.prefix + encoded.ids
+    labels = [IGNORE] * len(encoded.prefix) + encoded.labels
+    kind, run = "", []
+    for token, label in zip(ids, labels, strict=True):
+        now = "image" if token == image else "read" if label == IGNORE else "learned"
+        if now != kind and run:
+            yield kind, run
+            run = []
+        kind = now
+        run.append(token)
+    if run:
+        yield kind, run
+
+
+def _words(message: dict) -> str:
+    return "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def _cut(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[:most] + "…"
