@@ -1,4 +1,4 @@
-"""Options of the small command-line tools: `name=value` words, without a configuration."""
+"""Options of the small command-line tools: `name=value` words, alone or beside train.py's."""
 
 from __future__ import annotations
 
@@ -16,3 +16,27 @@ def read_options(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
             raise TriptychError(f"'{word}' is no option; use {', '.join(f'{o}=' for o in known)}")
         options[name] = value
     return options
+
+
+def beside_training(
+    words: Sequence[str], known: Sequence[str]
+) -> tuple[dict[str, str], str, list[str]]:
+    """A tool's own options by name, the model, and the other words, which train.py takes."""
+    own, model, rest = {}, "llava", []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in known:
+            own[name] = value
+        elif name == "model":
+            model = value
+        else:
+            rest.append(word)
+    return own, model, rest
+
+
+def whole_number(options: dict[str, str], name: str, default: int, least: int = 1) -> int:
+    """The value of a numeric option."""
+    value = options.get(name, str(default))
+    if not value.isdigit() or int(value) < least:
+        raise TriptychError(f"{name}={value} must be a number from {least}.")
+    return int(value)

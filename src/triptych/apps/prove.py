@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from triptych.options import beside_training, whole_number
 from triptych.types import TriptychError
 
 if TYPE_CHECKING:
@@ -103,17 +104,11 @@ def prove(words: Sequence[str]) -> Iterator[Proof]:
     from triptych.bundle import compose_preset
     from triptych.hardware import quiet_libraries
 
-    own = {k: v for k, _, v in (w.partition("=") for w in words) if k in OWN}
-    rest = [w for w in words if w.partition("=")[0] not in OWN]
-    models = [w.removeprefix("model=") for w in rest if w.startswith("model=")]
-    count = own.get("rows", "4")
-    if not count.isdigit() or int(count) < 2:
-        raise TriptychError(f"rows={count} must be a number from 2.")
+    own, name, overrides = beside_training(words, OWN)
+    count = whole_number(own, "rows", 4, least=2)
     quiet_libraries()
     torch.manual_seed(0)
-    cfg = compose_preset(
-        models[-1] if models else "llava", [w for w in rest if not w.startswith("model=")]
-    )
+    cfg = compose_preset(name, overrides)
     adapted = build_model(cfg)
     model = adapted.model.to(own.get("device", "cpu")).eval()  # no dropout: it is drawn anew
     objective = build_objective(cfg, 1)
@@ -121,7 +116,7 @@ def prove(words: Sequence[str]) -> Iterator[Proof]:
     if not hasattr(data, "reader"):
         raise TriptychError("a stream has no first samples to compare; use another data=.")
     wake(model)
-    rows = [row[:EACH] for row in data.first_rows(int(count))]
+    rows = [row[:EACH] for row in data.first_rows(count)]
     yield from proofs(adapted, data, objective, rows)
 
 

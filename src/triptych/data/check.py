@@ -16,6 +16,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from triptych.options import beside_training, whole_number
 from triptych.types import TriptychError
 
 if TYPE_CHECKING:
@@ -47,19 +48,17 @@ def _run(words: Sequence[str]) -> int:
     from triptych.data.inspection import inspect
     from triptych.hardware import quiet_libraries
 
-    own = {k: v for k, _, v in (w.partition("=") for w in words) if k in OWN}
-    numbers = {name: _number(name, own[name]) for name in ("most", "show") if name in own}
-    rest = [w for w in words if w.partition("=")[0] not in OWN]
-    models = [w.removeprefix("model=") for w in rest if w.startswith("model=")]
+    own, model, overrides = beside_training(words, OWN)
+    most = whole_number(own, "most", 0) if "most" in own else None
+    show = whole_number(own, "show", 24, least=0)
     quiet_libraries()
-    cfg = compose_preset(
-        models[-1] if models else "llava", [w for w in rest if not w.startswith("model=")]
-    )
+    cfg = compose_preset(model, overrides)
     reader = _reader(cfg)
     processor = build_model(cfg, meta=True).model.processor()
     processor.max_length = cfg.data.max_length
     transform = getattr(getattr(processor, "images", None), "transform", None)
-    found = inspect(reader, processor, side=min(transform.size) if transform else None, **numbers)
+    side = min(transform.size) if transform else None
+    found = inspect(reader, processor, side, most, show)
     out = Path(own.get("out", "data_check"))
     out.mkdir(parents=True, exist_ok=True)
     title = f"data={cfg.data.name}, as model={cfg.model.name} reads it"
@@ -136,12 +135,6 @@ def summary(found: Inspection) -> str:
         lines += [f"             {f.says}" for f in some[:NAMED]]
         lines += [f"             and {len(some) - NAMED:,} more"] * (len(some) > NAMED)
     return "\n".join(lines)
-
-
-def _number(name: str, value: str) -> int:
-    if not value.isdigit():
-        raise TriptychError(f"{name}={value} must be a number.")
-    return int(value)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from triptych.options import read_options
+from triptych.options import read_options, whole_number
 from triptych.types import TriptychError
 
 OPTIONS = ("run", "images", "out", "prompts", "count", "failures", "max_new_tokens")
@@ -50,7 +50,7 @@ def make(options: dict[str, str]) -> list[Path]:
     out = Path(options.get("out", run / "report"))
     prompts = [p.strip() for p in options.get("prompts", "|".join(PROMPTS)).split("|") if p.strip()]
     count, failures, longest = (
-        _number(options, name, default)
+        whole_number(options, name, default)
         for name, default in (("count", 10), ("failures", 8), ("max_new_tokens", 48))
     )
     loaded = load(run)
@@ -94,13 +94,6 @@ def _options(words: Sequence[str]) -> dict[str, str]:
         if name not in options:
             raise TriptychError(f"{name}= is missing: give run=DIR images=FOLDER.")
     return options
-
-
-def _number(options: dict[str, str], name: str, default: int) -> int:
-    value = options.get(name, str(default))
-    if not value.isdigit() or int(value) < 1:
-        raise TriptychError(f"{name}={value} must be a number from 1.")
-    return int(value)
 
 
 if __name__ == "__main__":
