@@ -279,7 +279,7 @@ def main() -> None:
     parse.add_argument("--captions", choices=("short", "full"), default="short")
     parse.add_argument("--batch", type=int, default=None)
     parse.add_argument("--steps", type=int, default=None)
-    parse.add_argument("--warm", type=int, default=1)
+    parse.add_argument("--warm", type=int, default=2)  # memory settles in two steps
     args = parse.parse_args()
     args.batch = args.batch or (64 if args.quick else 256)
     args.steps = args.steps or (1 if args.quick else 3)

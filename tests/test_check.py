@@ -13,7 +13,6 @@ from PIL import Image
 
 from triptych.data import check
 from triptych.data.inspection import Finding, Inspection, inspect, runs
-from triptych.models.fusion import IMAGE
 
 GOOD = [
     {"id": f"g{i}", "image": f"{i}.png", "text": f"User: what color is it?\nAssistant: {word}"}
@@ -110,7 +109,7 @@ def test_the_page_colours_what_is_learned_and_escapes_the_rest(folder):
 def test_runs_hold_every_token_once(vlm, dialogue):
     processor = vlm.processor()
     encoded = processor.encode(dialogue(("what color?", "red"), ("is it?", "yes")))
-    found = list(runs(encoded, IMAGE))
+    found = list(runs(encoded))
     assert [kind for kind, _ in found] == ["read", "image", "read", "learned", "read", "learned"]
     assert [i for _, ids in found for i in ids] == encoded.prefix + encoded.ids
     learned = [i for kind, ids in found for i in ids if kind == "learned"]
@@ -135,6 +134,44 @@ def test_captions_are_counted_as_the_text_tower_reads_them(folder, capsys):
     facts = json.loads((folder / "out/check.json").read_text())
     assert list(facts["findings"]) == ["cut"] and facts["samples"] == 2
     assert "the text tower reads" in facts["findings"]["cut"][0]["says"]
+
+
+def test_several_captions_of_an_image_contradict_nothing(pictures):
+    from triptych.types import Sample, assistant, user
+
+    samples = [
+        Sample([user("", images=1), assistant(text)], [pictures[0]], id=text)
+        for text in ("a circle", "a red circle")
+    ]
+    assert not inspect(samples, Words(), progress=False).findings
+
+
+class Words:
+    """A processor whose rows are of no kind that can be counted."""
+
+    max_length = 10
+
+    def rows(self, rows):
+        from triptych.types import Batch
+
+        return Batch(None, None, {}, [])
+
+
+def test_rows_of_other_processors_are_counted_by_their_batches(folder):
+    assert check.main(["model=instructblip", "data=easy_vqa", "most=4", f"out={folder}"]) == 0
+    facts = json.loads((folder / "check.json").read_text())
+    assert facts["tokens"]["most"] > facts["tokens_with_loss"]["most"] >= 2
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "qwen2_5_vl"])
+def test_a_librarys_own_processor_is_looked_through(name, folder, tmp_path_factory):
+    import tiny_hosted
+
+    model = tiny_hosted.build_all(tmp_path_factory.mktemp("hosted"))[name]
+    code, facts = run(folder, GOOD, "model=hf", f"model.id={model}", "data.max_length=20")
+    assert code == 0 and list(facts["findings"]) == ["cut"]
+    page = (folder / "out/check.html").read_text()
+    assert "image tokens]</span>" in page and 'class="learned"' in page
 
 
 def test_findings_that_stop_come_first():

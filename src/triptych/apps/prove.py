@@ -52,9 +52,8 @@ class Proof:
         if self.difference is None:
             return f"-      {self.claim}: {self.note}"
         mark = "holds" if self.holds else "FAILS"
-        return (
-            f"{mark}  {self.claim}: {self.difference:.1e} (allowed {self.allowed:.0e}) {self.note}"
-        )
+        found = f"{self.difference:.1e} of {self.allowed:.0e} allowed"
+        return f"{mark}  {self.claim}: {found}{self.note and f', {self.note}'}"
 
 
 @dataclass

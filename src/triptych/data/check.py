@@ -127,6 +127,8 @@ def summary(found: Inspection) -> str:
     if tokens and learned:
         share = 100 * learned["sum"] / tokens["sum"]
         lines.append(f"tokens with loss: {share:.1f} %, median {learned['median']:,} a sample")
+    if not tokens:
+        lines.append("tokens: not counted, this model's texts have rows of several kinds")
     if not found.findings:
         return "\n".join([*lines, "nothing to complain about"])
     for kind, some in found.kinds().items():

@@ -9,7 +9,6 @@ from typing import Any
 
 from triptych.data.inspection import Inspection, runs
 from triptych.evaluation.gallery import inlined
-from triptych.models.fusion import IMAGE
 from triptych.types import Sample
 
 LISTED = 200  # findings of a kind on the page
@@ -92,7 +91,7 @@ def _histogram(title: str, counts: Sequence[int], limit: int) -> str:
 
 def _sample(sample: Sample, encoded: Any, tokenizer: Any) -> str:
     pieces = []
-    for kind, ids in runs(encoded, IMAGE):
+    for kind, ids in runs(encoded):
         text = f"[{len(ids)} image tokens]" if kind == "image" else tokenizer.decode(ids)
         pieces.append(f'<span class="{kind}" title="{len(ids)} tokens">{_e(text)}</span>')
     pictures = "".join(inlined(ref, 160) for ref in sample.images[:4])

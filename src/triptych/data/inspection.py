@@ -18,12 +18,14 @@ from typing import Any
 from tqdm import tqdm
 
 from triptych.data.processor import CaptionProcessor, ChatProcessor, Encoded
+from triptych.models.fusion import IMAGE
 from triptych.types import IGNORE, DataError, ImageRef, Sample
 
 STOPS = ("unreadable", "refused", "too long")  # kinds of finding at which a run would end
 AHEAD = 512  # samples whose pictures are decoded at a time
 THIN = 4.0  # sides of a picture whose ratio is larger lose much of it to a square
 SMALL = 0.5  # of the model's side: a smaller picture is mostly interpolation
+UNLIMITED = 1 << 40  # tokens: the length before any cut is asked for
 COMMON = 0.5  # share of one answer from which a model need not look
 
 _SPEAKER = re.compile(r"^\s*(?:#+\s*)?(?:user|human|assistant|gpt|system)\s*:", re.I | re.M)
@@ -181,8 +183,8 @@ class _Texts:
             return
         answer = turns[-1][1]
         self.answers[" ".join(answer.lower().split())] += 1
-        if len(turns) < 2:  # a caption alone: an image may have many
-            return
+        if not any(words.strip() for _, words in turns[:-1]):
+            return  # captions: an image may have many
         question = (images, tuple(turns[:-1]))
         other, before = self.asked.setdefault(question, (answer, name))
         if " ".join(other.lower().split()) != " ".join(answer.lower().split()):
@@ -225,16 +227,16 @@ class _Texts:
 
 def _measure(processor: Any, found: Inspection) -> Any:
     """A function of a sample that counts its tokens, and gives them where they have labels."""
-    if isinstance(processor, ChatProcessor) and type(processor).encode is ChatProcessor.encode:
-        found.limit = processor.max_length
-        whole = replace(processor, max_length=1 << 40, _cache={})
+    found.limit = processor.max_length
+    if isinstance(processor, ChatProcessor) and type(processor).rows is ChatProcessor.rows:
+        whole = replace(processor, max_length=UNLIMITED, _cache={})
         return partial(_measure_row, processor, whole, found)
     if isinstance(processor, CaptionProcessor):
         tower = getattr(processor.encode, "__self__", None)
         found.limit = min(processor.max_length, getattr(tower, "max_length", processor.max_length))
-        tokenizer = getattr(tower, "tokenizer", None)
-        return partial(_measure_caption, tokenizer, found)
-    return lambda sample: None
+        return partial(_measure_caption, getattr(tower, "tokenizer", None), found)
+    processor.max_length = UNLIMITED
+    return partial(_measure_batch, processor, found)
 
 
 def _measure_row(
@@ -246,13 +248,7 @@ def _measure_row(
     except DataError as error:
         found.findings.append(Finding("refused", str(error), sample.id))
         return None
-    found.lengths.append(len(full))
-    labels = [label for label in full.labels if label != IGNORE]
-    found.learned.append(len(labels))
-    if labels and processor.tokenizer.eos_token_id not in labels[-2:]:
-        text = f"no stop token carries loss in sample '{sample.id}': the model never learns to end "
-        add = f"{text}its answers; look at the chat template."
-        found.findings.append(Finding("no stop token", add, sample.id))
+    labels = _learned(full, {processor.tokenizer.eos_token_id}, found, sample)
     if len(full) <= processor.max_length:
         return full
     try:
@@ -260,10 +256,44 @@ def _measure_row(
     except DataError as error:
         found.findings.append(Finding("too long", str(error), sample.id))
         return full
-    lost = len(labels) - sum(label != IGNORE for label in cut.labels)
+    lost = labels - sum(label != IGNORE for label in cut.labels)
     text = f"sample '{sample.id}' has {len(full)} tokens and data.max_length={processor.max_length}"
     found.findings.append(Finding("cut", f"{text}: {lost} that carry loss are cut.", sample.id))
     return cut
+
+
+def _learned(encoded: Encoded, stops: set[int], found: Inspection, sample: Sample) -> int:
+    """How many tokens of a sample carry loss; its last one or two should end the answer."""
+    labels = [label for label in encoded.labels if label != IGNORE]
+    found.lengths.append(len(encoded))
+    found.learned.append(len(labels))
+    if labels and not stops & set(labels[-2:]):
+        text = f"no stop token carries loss in sample '{sample.id}': the model never learns to end "
+        add = f"{text}its answers; look at the chat template."
+        found.findings.append(Finding("no stop token", add, sample.id))
+    return len(labels)
+
+
+def _measure_batch(processor: Any, found: Inspection, sample: Sample) -> Encoded | None:
+    """By the batch itself, for processors that write rows in their own way."""
+    try:
+        batch = processor.rows([[sample]])
+    except DataError as error:
+        found.findings.append(Finding("refused", str(error), sample.id))
+        return None
+    tokens = batch.text.get("decoder") or batch.text.get("language")
+    if tokens is None or tokens.labels is None:
+        return None
+    real = tokens.mask[0]
+    ids, labels = tokens.ids[0][real], tokens.labels[0][real]
+    mark = getattr(getattr(processor, "library", None), "image_token_id", IMAGE)
+    encoded = Encoded([], ids.where(ids != mark, IMAGE).tolist(), labels.tolist(), 0, 0)
+    stops = set(getattr(processor, "stop_ids", [processor.tokenizer.eos_token_id]))
+    _learned(encoded, stops, found, sample)
+    if len(encoded) > found.limit:
+        text = f"sample '{sample.id}' has {len(encoded)} tokens and data.max_length={found.limit}: "
+        found.findings.append(Finding("cut", f"{text}its end is cut.", sample.id))
+    return encoded
 
 
 def _measure_caption(tokenizer: Any, found: Inspection, sample: Sample) -> None:
@@ -278,13 +308,13 @@ def _measure_caption(tokenizer: Any, found: Inspection, sample: Sample) -> None:
             found.findings.append(Finding("cut", f"{text}{found.limit}.", sample.id))
 
 
-def runs(encoded: Encoded, image: int) -> Iterator[tuple[str, list[int]]]:
+def runs(encoded: Encoded) -> Iterator[tuple[str, list[int]]]:
     """The tokens of a sample in runs of one kind: "image", "read" or "learned"."""
     ids = encoded.prefix + encoded.ids
     labels = [IGNORE] * len(encoded.prefix) + encoded.labels
     kind, run = "", []
     for token, label in zip(ids, labels, strict=True):
-        now = "image" if token == image else "read" if label == IGNORE else "learned"
+        now = "image" if token == IMAGE else "read" if label == IGNORE else "learned"
         if now != kind and run:
             yield kind, run
             run = []
