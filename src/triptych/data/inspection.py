@@ -7,6 +7,7 @@ that were not split, the same question with two answers, texts in a broken encod
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ STOPS = ("unreadable", "refused", "too long")  # kinds of finding at which a run
 AHEAD = 512  # samples whose pictures are decoded at a time
 THIN = 4.0  # sides of a picture whose ratio is larger lose much of it to a square
 SMALL = 0.5  # of the model's side: a smaller picture is mostly interpolation
+SHORT, ENOUGH = 60, 20  # characters of an answer that is counted; answers of which to speak
 UNLIMITED = 1 << 40  # tokens: the length before any cut is asked for
 COMMON = 0.5  # share of one answer from which a model need not look
 
@@ -166,15 +168,16 @@ class _Texts:
 
     def __init__(self, found: Inspection) -> None:
         self.found = found
-        self.first: dict[tuple, str] = {}  # the whole sample -> who said it first
-        self.asked: dict[tuple, tuple[str, str]] = {}  # prompt over images -> answer, sample
+        self.first: dict[bytes, str] = {}  # the whole sample -> who said it first
+        self.asked: dict[bytes, tuple[bytes, str, str]] = {}  # prompt over images -> answer, sample
         self.answers: Counter[str] = Counter()
+        self.answered = 0
 
     def look(self, sample: Sample) -> None:
         name, images = sample.id, tuple(ref.key for ref in sample.images)
         turns = [(m["role"], _words(m)) for m in sample.messages]
         self._turns(name, sample, turns)
-        whole = (images, tuple(turns))
+        whole = _digest((images, turns))
         if whole in self.first:
             self._add("repeated", f"sample '{name}' says what '{self.first[whole]}' says.", name)
             return
@@ -182,14 +185,17 @@ class _Texts:
         if not turns or turns[-1][0] != "assistant":
             return
         answer = turns[-1][1]
-        self.answers[" ".join(answer.lower().split())] += 1
+        plain = " ".join(answer.lower().split())
+        if len(plain) <= SHORT:  # long texts hardly repeat, and would fill the memory
+            self.answers[plain] += 1
+        self.answered += 1
         if not any(words.strip() for _, words in turns[:-1]):
             return  # captions: an image may have many
-        question = (images, tuple(turns[:-1]))
-        other, before = self.asked.setdefault(question, (answer, name))
-        if " ".join(other.lower().split()) != " ".join(answer.lower().split()):
+        mine = (_digest(plain), _cut(answer), name)
+        same, other, before = self.asked.setdefault(_digest((images, turns[:-1])), mine)
+        if same != mine[0]:
             text = f"samples '{before}' and '{name}' ask the same of the same image and answer "
-            self._add("contradiction", f"{text}'{_cut(other)}' and '{_cut(answer)}'.", name)
+            self._add("contradiction", f"{text}'{other}' and '{_cut(answer)}'.", name)
 
     def _turns(self, name: str, sample: Sample, turns: Sequence[tuple[str, str]]) -> None:
         for number, (role, words) in enumerate(turns, 1):
@@ -213,13 +219,11 @@ class _Texts:
 
     def finish(self) -> None:
         """What only the whole set shows."""
-        total = sum(self.answers.values())
-        if not total:
-            return
-        answer, count = self.answers.most_common(1)[0]
-        if total >= 20 and count > COMMON * total:
-            text = f"'{_cut(answer)}' is {100 * count / total:.0f} % of all answers: a model that "
-            self._add("one answer", f"{text}never looks reaches that.", "")
+        for answer, count in self.answers.most_common(1):
+            if self.answered >= ENOUGH and count > COMMON * self.answered:
+                share = 100 * count / self.answered
+                text = f"'{answer}' is {share:.0f} % of all answers: a model that never looks "
+                self._add("one answer", f"{text}reaches that.", "")
 
     def _add(self, kind: str, says: str, name: str) -> None:
         self.found.findings.append(Finding(kind, says, name))
@@ -326,6 +330,10 @@ def runs(encoded: Encoded) -> Iterator[tuple[str, list[int]]]:
 
 def _words(message: dict) -> str:
     return "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def _digest(value: object) -> bytes:
+    return hashlib.blake2b(repr(value).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _cut(text: str, most: int = 60) -> str:
