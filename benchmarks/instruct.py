@@ -435,7 +435,7 @@ def main() -> None:
     parse.add_argument("--each", type=int, default=1, help="questions of an image (varied)")
     parse.add_argument("--images", type=int, default=None, help="images of a step")
     parse.add_argument("--steps", type=int, default=None)
-    parse.add_argument("--warm", type=int, default=1, help="steps before the clock starts")
+    parse.add_argument("--warm", type=int, default=3, help="steps before the clock starts")
     parse.add_argument("--ablate", action="store_true")
     args = parse.parse_args()
     args.images = args.images or {"easy": 4, "varied": max(1, 8 // args.each)}[args.data]

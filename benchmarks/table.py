@@ -18,6 +18,7 @@ TITLES = {
     "instruct_ablation": "The same, each optimisation off against on",
     "instruct_varied1": "Texts of 5 to 300 tokens, one question an image",
     "instruct_varied8": "Texts of 5 to 300 tokens, eight questions an image",
+    "instruct_varied8_ablation": "The same, single optimisations off against on",
     "contrastive": "Contrastive, captions of 8 to 12 tokens",
     "contrastive_full": "Contrastive, captions that fill the context",
     "evaluate": "Answering easy-VQA questions",
