@@ -136,6 +136,15 @@ def test_captions_are_counted_as_the_text_tower_reads_them(folder, capsys):
     assert "the text tower reads" in facts["findings"]["cut"][0]["says"]
 
 
+def test_half_an_emoji_is_refused_by_name_and_can_be_printed(folder, capsys):
+    row = {"id": "half", "image": "1.png", "text": "User: \ud83d?\nAssistant: \ud83d red"}
+    code, facts = run(folder, [row, {**row, "text": row["text"] + "!"}])
+    assert code == 1
+    assert "half of a character" in facts["findings"]["refused"][0]["says"]
+    assert "mine/0:half" in capsys.readouterr().out
+    assert "contradiction" in (folder / "out/check.html").read_text(encoding="utf-8")
+
+
 def test_several_captions_of_an_image_contradict_nothing(pictures):
     from triptych.types import Sample, assistant, user
 

@@ -58,6 +58,7 @@ def test_what_cannot_be_compared_says_why():
     ("words", "says"),
     [
         (["model=llava", "rows=1"], "rows=1 must be a number from 2"),
+        (["model=llava", "device=abacus"], "device=abacus is not there"),
         (["model=llava", "data.bath_size=3"], "data.bath_size"),
     ],
 )

@@ -68,7 +68,7 @@ class Step:
         found = {"the loss": abs(self.loss - other.loss) / max(abs(self.loss), 1e-12)}
         for name in self.gradients.keys() ^ other.gradients.keys():
             found[f"{name}, which has a gradient once only"] = float("inf")
-        scale = max(float(g.norm()) for g in self.gradients.values())
+        scale = max((float(g.norm()) for g in self.gradients.values()), default=0.0)
         for name in self.gradients.keys() & other.gradients.keys():
             mine = self.gradients[name]
             # the bias of keys has no gradient but rounding: small ones are measured by the largest
@@ -105,11 +105,16 @@ def prove(words: Sequence[str]) -> Iterator[Proof]:
 
     own, name, overrides = beside_training(words, OWN)
     count = whole_number(own, "rows", 4, least=2)
+    device = own.get("device", "cpu")
+    try:
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TriptychError(f"device={device} is not there: {str(error).splitlines()[0]}") from None
     quiet_libraries()
     torch.manual_seed(0)
     cfg = compose_preset(name, overrides)
     adapted = build_model(cfg)
-    model = adapted.model.to(own.get("device", "cpu")).eval()  # no dropout: it is drawn anew
+    model = adapted.model.to(device).eval()  # no dropout: it is drawn anew
     objective = build_objective(cfg, 1)
     data = build_data(cfg, model.processor(), objective)
     if not hasattr(data, "reader"):

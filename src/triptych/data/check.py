@@ -62,9 +62,10 @@ def _run(words: Sequence[str]) -> int:
     out = Path(own.get("out", "data_check"))
     out.mkdir(parents=True, exist_ok=True)
     title = f"data={cfg.data.name}, as model={cfg.model.name} reads it"
-    (out / "check.json").write_text(json.dumps(facts(found), indent=1, ensure_ascii=False))
+    (out / "check.json").write_text(json.dumps(facts(found), indent=1))
     write_page(out / "check.html", title, found, getattr(processor, "tokenizer", None))
-    print(f"{title}\n{summary(found)}\n{out / 'check.html'}")
+    text = f"{title}\n{summary(found)}\n{out / 'check.html'}"
+    print(text.encode("utf-8", "replace").decode())  # data may hold halves of characters
     return int(found.stops)
 
 

@@ -45,6 +45,7 @@ def write_page(path: Path, title: str, found: Inspection, tokenizer: Any) -> Non
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_e(title)}</title>'
         f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n",
         encoding="utf-8",
+        errors="replace",
     )
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+HALF = re.compile("[\ud800-\udfff]")  # JSON can hold what no encoding can
 IMAGE_MARK = "\ue000"  # stands for an image while text is rendered; private use, never in real text
 
 
@@ -67,6 +68,8 @@ def flatten(content: list[dict] | str) -> str:
             raise DataError(
                 "a text holds the private-use character U+E000, which marks images here; remove it."
             )
+        if part["type"] == "text" and HALF.search(part["text"]):
+            raise DataError("a text holds half of a character, such as a cut emoji; remove it.")
         words.append(IMAGE_MARK if part["type"] == "image" else part["text"])
     # an image ends its line, as in LLaVA's "<image>\n" prompts
     return "".join(
