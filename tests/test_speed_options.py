@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from triptych import micro_batch
 from triptych.build import build_model, build_optim
 from triptych.bundle import compose_preset
 from triptych.data.datamodule import DataModule
@@ -57,6 +58,18 @@ def test_a_batch_that_would_not_fit_is_split_and_the_step_stays(compose, data):
     assert found.peak < whole.peak and "make the same step" in note
     assert data.batch_size < 4 and data.batch_size * data.accumulate == 4
     assert watched.accumulate_grad_batches == data.accumulate
+
+
+def test_freed_memory_is_handed_back_only_where_keeping_it_might_not_fit(
+    compose, data, monkeypatch
+):
+    cfg = compose("model.connector.shuffle=1")
+    found, _ = split_to_fit(cfg, build_model(cfg, meta=True), trainer(), data)
+    handed = []
+    monkeypatch.setattr(micro_batch, "return_memory", lambda: handed.append(True))
+    assert micro_batch.spare_memory(found, 2.01 * found.peak / GIB) == "" and not handed
+    said = micro_batch.spare_memory(found, 1.5 * found.peak / GIB)
+    assert "handed back" in said and handed == [True]
 
 
 def test_a_batch_whose_samples_are_compared_is_not_split(compose, data):

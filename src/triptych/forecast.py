@@ -104,14 +104,17 @@ def before_run(cfg: DictConfig, data: DataModule, trainer: pl.Trainer) -> str:
 
     Called when the feature cache is filled, whose features then stand for the pixels. The peak is
     of tensors; on Linux the process keeps freed blocks beside them (`hardware.keep_memory`), so its
-    resident memory may be twice as large. Never stops a run, and leaves its random state alone.
+    resident memory may be twice as large; where that might not fit, blocks are handed back. Never
+    stops a run, and leaves its random state alone.
     """
     with torch.random.fork_rng(devices=[]):
         try:
-            from triptych.micro_batch import split_to_fit
+            from triptych.micro_batch import spare_memory, split_to_fit
 
-            found, note = split_to_fit(cfg, build_model(cfg, meta=True), trainer, data)
-            return found.text() + (f"\n{note}" if note else "")
+            found, split = split_to_fit(cfg, build_model(cfg, meta=True), trainer, data)
+            on_cpu = trainer.strategy.root_device.type == "cpu"
+            spared = spare_memory(found, cfg.memory.limit_gb) if on_cpu else ""
+            return "\n".join(filter(None, (found.text(), split, spared)))
         except Exception as error:  # a part that cannot be built on "meta" still trains
             return f"memory forecast: not possible ({' '.join(str(error).split())[:200]})"
 

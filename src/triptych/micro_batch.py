@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from triptych.forecast import GIB, Forecast
+from triptych.hardware import return_memory
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from triptych.data.datamodule import DataModule
 
 MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere nothing is split unless a limit is set
+
+
+KEPT = 2.0  # resident memory by that of tensors, while freed blocks stay with the process
 
 
 def room_gb(limit_gb: float | None) -> float:
@@ -68,4 +72,18 @@ def split_to_fit(
     return found, (
         f"{rows} rows a batch would not fit into {room:.1f} GiB: {data.accumulate} micro-batches "
         f"of {data.batch_size} rows make the same step."
+    )
+
+
+def spare_memory(found: Forecast, limit_gb: float | None) -> str:
+    """On a CPU: hand freed blocks back if keeping them might not fit, and say so.
+
+    Steps are slower so, and resident memory follows the forecast.
+    """
+    if found.problem or KEPT * found.peak <= room_gb(limit_gb) * GIB:
+        return ""
+    return_memory()
+    return (
+        f"freed memory is handed back, which takes time: kept, it may be {KEPT:g} times the peak, "
+        f"and there are {room_gb(limit_gb):.1f} GiB."
     )
