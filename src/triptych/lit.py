@@ -11,7 +11,7 @@ from torch import Tensor
 from triptych.adapt import slow_names
 from triptych.distributed import world
 from triptych.models.base import Model
-from triptych.objectives.base import Objective
+from triptych.objectives.base import Objective, shares
 from triptych.optim import Optim
 from triptych.types import Batch, TriptychError
 
@@ -42,10 +42,9 @@ class LitVLM(pl.LightningModule):
         scale = world() * self.trainer.accumulate_grad_batches
         loss = torch.zeros((), device=self.device)
         own = self.objective.counts(batch)
-        for name, term in terms.items():
-            share = term.weight * term.sum / max(1, batch.totals.get(name, own[name]))
+        for name, share in shares(terms, {**own, **batch.totals}).items():
             loss = loss + share * scale
-            mean = term.sum.detach() / max(1, own[name])
+            mean = terms[name].sum.detach() / max(1, own[name])
             self.log(f"train/{name}", mean, batch_size=max(1, own[name]))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.samples))
         return loss

@@ -80,10 +80,11 @@ def spare_memory(found: Forecast, limit_gb: float | None) -> str:
 
     Steps are slower so, and resident memory follows the forecast.
     """
-    if found.problem or KEPT * found.peak <= room_gb(limit_gb) * GIB:
+    room = room_gb(limit_gb)
+    if found.problem or KEPT * found.peak <= room * GIB:
         return ""
     return_memory()
     return (
         f"freed memory is handed back, which takes time: kept, it may be {KEPT:g} times the peak, "
-        f"and there are {room_gb(limit_gb):.1f} GiB."
+        f"and there are {room:.1f} GiB."
     )

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 from triptych.types import TriptychError
+
+
+def run_tool(
+    run: Callable[[list[str]], int], text: str | None, argv: Sequence[str] | None = None
+) -> int:
+    """The exit code of a tool that takes words; without any, or with -h, its text is printed.
+
+    A TriptychError is one sentence and exit code 2.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(text)
+        return 0 if words else 2
+    try:
+        return run(words)
+    except TriptychError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 def read_options(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from triptych.options import read_options
+from triptych.options import read_options, run_tool
 from triptych.types import TriptychError
 
 if TYPE_CHECKING:
@@ -26,24 +26,21 @@ LONGEST = 2000  # characters of a prompt
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until interrupted; exit code 2 with one sentence if it cannot start."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if words else 2
-    try:
-        options = _options(words)
-        _gradio()
-        from triptych.api import load
+    return run_tool(_run, __doc__, argv)
 
+
+def _run(words: Sequence[str]) -> int:
+    options = _options(words)
+    _gradio()
+    from triptych.api import load
+
+    try:
         page = build(load(options["run"], device=options.get("device")), options["run"])
         port = int(options.get("port", "7860"))
         serve(page, server_name=options.get("host", "127.0.0.1"), server_port=port)
-    except TriptychError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except OSError as error:  # the port is taken
-        print(f"error: the page cannot be served ({error}); choose another port=.", file=sys.stderr)
-        return 2
+        text = f"the page cannot be served ({error}); choose another port=."
+        raise TriptychError(text) from error
     return 0
 
 

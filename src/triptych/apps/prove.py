@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from triptych.options import beside_training, whole_number
+from triptych.options import beside_training, run_tool, whole_number
 from triptych.types import TriptychError
 
 if TYPE_CHECKING:
@@ -80,19 +80,15 @@ class Step:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if every claim holds, 1 if not, 2 with one sentence if the options are wrong."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if words else 2
-    try:
-        proofs = []
-        for proof in prove(words):
-            print(proof, flush=True)
-            proofs.append(proof)
-    except TriptychError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return int(not all(proof.holds for proof in proofs))
+    return run_tool(_run, __doc__, argv)
+
+
+def _run(words: Sequence[str]) -> int:
+    failed = 0
+    for proof in prove(words):
+        print(proof, flush=True)
+        failed += not proof.holds
+    return int(failed > 0)
 
 
 def prove(words: Sequence[str]) -> Iterator[Proof]:
@@ -160,17 +156,16 @@ def wake(model: torch.nn.Module) -> None:
 
 
 def _step(model: Any, objective: Any, batches: list[Batch]) -> Step:
-    """As the trainer does it: every term by its count over all of the step's batches."""
+    """By the trainer's own rule: every term by its count over all of the step's batches."""
+    from triptych.data.datamodule import stamped
+    from triptych.objectives.base import shares
+
     device = next(model.parameters()).device
-    totals: dict[str, int] = {}
-    for batch in batches:
-        for name, count in objective.counts(batch).items():
-            totals[name] = totals.get(name, 0) + count
     model.zero_grad(set_to_none=True)
     loss = 0.0
-    for batch in batches:
+    for batch in stamped(batches, objective):
         terms = objective(model, batch.to(device))
-        part = sum(t.weight * t.sum / max(1, totals[name]) for name, t in terms.items())
+        part = sum(shares(terms, batch.totals).values())
         part.backward()
         loss += part.item()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -193,8 +188,10 @@ def _packed(
 
 
 def _chunks(objective: Any, step: Any, batch: Batch, allowed: float) -> Proof:
+    from triptych.objectives.contrastive import Contrastive
+
     claim = "towers in chunks give the step of one batch"
-    if not hasattr(objective, "saves_memory") or not hasattr(objective, "positives"):
+    if not isinstance(objective, Contrastive):
         return Proof(claim, note="this objective compares the samples of a batch, in one piece")
     was, found = objective.chunk, []
     for chunk in (0, max(1, len(batch.samples) // 3)):

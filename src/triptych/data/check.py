@@ -16,7 +16,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from triptych.options import beside_training, whole_number
+from triptych.options import beside_training, run_tool, whole_number
 from triptych.types import TriptychError
 
 if TYPE_CHECKING:
@@ -30,15 +30,7 @@ NAMED = 3  # findings of a kind that are printed; the files hold all
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if a run would start, 1 if not, 2 with one sentence if the options are wrong."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if words else 2
-    try:
-        return _run(words)
-    except TriptychError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_tool(_run, __doc__, argv)
 
 
 def _run(words: Sequence[str]) -> int:

@@ -119,16 +119,18 @@ class Windows:
         for batch in self.loader:
             window.append(batch)
             if len(window) == self.accumulate:
-                yield from self._stamp(window)
+                yield from stamped(window, self.objective)
                 window = []
-        yield from self._stamp(window)
+        yield from stamped(window, self.objective)
 
-    def _stamp(self, window: list[Batch]) -> Iterator[Batch]:
-        sums: dict[str, int] = {}
-        for batch in window:
-            for name, count in self.objective.counts(batch).items():
-                sums[name] = sums.get(name, 0) + count
-        sums = total(sums) if window else sums
-        for batch in window:
-            batch.totals = sums
-            yield batch
+
+def stamped(window: list[Batch], objective: Objective) -> Iterator[Batch]:
+    """The batches of one optimizer step, each told the counts of all of them and of all ranks."""
+    sums: dict[str, int] = {}
+    for batch in window:
+        for name, count in objective.counts(batch).items():
+            sums[name] = sums.get(name, 0) + count
+    sums = total(sums) if window else sums
+    for batch in window:
+        batch.totals = sums
+        yield batch

@@ -61,6 +61,9 @@ class Inspection:
     limit: int = 0  # data.max_length, or less where the text tower takes less
     shown: list[tuple[Sample, Encoded]] = field(default_factory=list)
 
+    def add(self, kind: str, says: str, sample: str = "") -> None:
+        self.findings.append(Finding(kind, says, sample))
+
     @property
     def stops(self) -> bool:
         """Whether a run over these data would end with an error."""
@@ -99,7 +102,7 @@ def inspect(
                 found.samples += 1
                 bar.update()
                 if isinstance(sample, DataError):
-                    found.findings.append(Finding("unreadable", str(sample)))
+                    found.add("unreadable", str(sample))
                 elif images.look(sample, sizes):
                     texts.look(sample)
                     encoded = measure(sample)
@@ -147,7 +150,7 @@ class _Images:
             if isinstance(size, DataError):
                 readable, says = False, str(size)
                 named = says if says.startswith("sample ") else f"sample '{sample.id}': {says}"
-                self.found.findings.append(Finding("unreadable", named, sample.id))
+                self.found.add("unreadable", named, sample.id)
             elif new:
                 self._shape(ref, size, sample.id)
         return readable
@@ -157,10 +160,10 @@ class _Images:
         says = f"image '{ref.name}' of sample '{name}' has {wide} x {high} pixels"
         if max(size) > THIN * min(size):
             text = f"{says}; a square of it shows little, cut it or pad it."
-            self.found.findings.append(Finding("thin picture", text, name))
+            self.found.add("thin picture", text, name)
         elif self.side and min(size) < SMALL * self.side:
             text = f"{says} where the model looks at {self.side}; it will be blurred."
-            self.found.findings.append(Finding("small picture", text, name))
+            self.found.add("small picture", text, name)
 
 
 class _Texts:
@@ -179,7 +182,8 @@ class _Texts:
         self._turns(name, sample, turns)
         whole = _digest((images, turns))
         if whole in self.first:
-            self._add("repeated", f"sample '{name}' says what '{self.first[whole]}' says.", name)
+            text = f"sample '{name}' says what '{self.first[whole]}' says."
+            self.found.add("repeated", text, name)
             return
         self.first[whole] = name
         if not turns or turns[-1][0] != "assistant":
@@ -195,27 +199,27 @@ class _Texts:
         same, other, before = self.asked.setdefault(_digest((images, turns[:-1])), mine)
         if same != mine[0]:
             text = f"samples '{before}' and '{name}' ask the same of the same image and answer "
-            self._add("contradiction", f"{text}'{other}' and '{_cut(answer)}'.", name)
+            self.found.add("contradiction", f"{text}'{other}' and '{_cut(answer)}'.", name)
 
     def _turns(self, name: str, sample: Sample, turns: Sequence[tuple[str, str]]) -> None:
         for number, (role, words) in enumerate(turns, 1):
             where = f"turn {number} ({role}) of sample '{name}'"
             pictures = any(p["type"] == "image" for p in sample.messages[number - 1]["content"])
             if not words.strip() and not pictures:
-                self._add("empty turn", f"{where} is empty; drop it or write it.", name)
+                self.found.add("empty turn", f"{where} is empty; drop it or write it.", name)
             if spoken := _SPEAKER.search(words):
                 text = f"{where} holds '{spoken[0].strip()}': turns that were not split."
-                self._add("unsplit turns", text, name)
+                self.found.add("unsplit turns", text, name)
             if left := _LEFT.search(words):
                 text = f"{where} holds '{left[0]}', a mark of some template; take it out."
-                self._add("template marks", text, name)
+                self.found.add("template marks", text, name)
             if broken := _BROKEN.search(words):
                 text = f"{where} holds {broken[0]!r}: text in a broken encoding, save it as UTF-8."
-                self._add("broken encoding", text, name)
+                self.found.add("broken encoding", text, name)
         target, listed = str(sample.target), sample.candidates
         if listed and sample.target is not None and target not in listed:
             text = f"the answer '{_cut(target)}' of sample '{name}' is none of its candidates; "
-            self._add("outside its list", f"{text}correct one of them.", name)
+            self.found.add("outside its list", f"{text}correct one of them.", name)
 
     def finish(self) -> None:
         """What only the whole set shows."""
@@ -223,10 +227,7 @@ class _Texts:
             if self.answered >= ENOUGH and count > COMMON * self.answered:
                 share = 100 * count / self.answered
                 text = f"'{answer}' is {share:.0f} % of all answers: a model that never looks "
-                self._add("one answer", f"{text}reaches that.", "")
-
-    def _add(self, kind: str, says: str, name: str) -> None:
-        self.found.findings.append(Finding(kind, says, name))
+                self.found.add("one answer", f"{text}reaches that.")
 
 
 def _measure(processor: Any, found: Inspection) -> Any:
@@ -250,7 +251,7 @@ def _measure_row(
     try:
         full = whole.encode(sample)
     except DataError as error:
-        found.findings.append(Finding("refused", str(error), sample.id))
+        found.add("refused", str(error), sample.id)
         return None
     labels = _learned(full, {processor.tokenizer.eos_token_id}, found, sample)
     if len(full) <= processor.max_length:
@@ -258,11 +259,11 @@ def _measure_row(
     try:
         cut = processor.encode(sample)
     except DataError as error:
-        found.findings.append(Finding("too long", str(error), sample.id))
+        found.add("too long", str(error), sample.id)
         return full
     lost = labels - sum(label != IGNORE for label in cut.labels)
     text = f"sample '{sample.id}' has {len(full)} tokens and data.max_length={processor.max_length}"
-    found.findings.append(Finding("cut", f"{text}: {lost} that carry loss are cut.", sample.id))
+    found.add("cut", f"{text}: {lost} that carry loss are cut.", sample.id)
     return cut
 
 
@@ -273,8 +274,7 @@ def _learned(encoded: Encoded, stops: set[int], found: Inspection, sample: Sampl
     found.learned.append(len(labels))
     if labels and not stops & set(labels[-2:]):
         text = f"no stop token carries loss in sample '{sample.id}': the model never learns to end "
-        add = f"{text}its answers; look at the chat template."
-        found.findings.append(Finding("no stop token", add, sample.id))
+        found.add("no stop token", f"{text}its answers; look at the chat template.", sample.id)
     return len(labels)
 
 
@@ -283,7 +283,7 @@ def _measure_batch(processor: Any, found: Inspection, sample: Sample) -> Encoded
     try:
         batch = processor.rows([[sample]])
     except DataError as error:
-        found.findings.append(Finding("refused", str(error), sample.id))
+        found.add("refused", str(error), sample.id)
         return None
     tokens = batch.text.get("decoder") or batch.text.get("language")
     if tokens is None or tokens.labels is None:
@@ -296,20 +296,20 @@ def _measure_batch(processor: Any, found: Inspection, sample: Sample) -> Encoded
     _learned(encoded, stops, found, sample)
     if len(encoded) > found.limit:
         text = f"sample '{sample.id}' has {len(encoded)} tokens and data.max_length={found.limit}: "
-        found.findings.append(Finding("cut", f"{text}its end is cut.", sample.id))
+        found.add("cut", f"{text}its end is cut.", sample.id)
     return encoded
 
 
 def _measure_caption(tokenizer: Any, found: Inspection, sample: Sample) -> None:
     if len(sample.images) != 1:
         text = f"sample '{sample.id}' has {len(sample.images)} images; contrastive training takes "
-        found.findings.append(Finding("refused", f"{text}exactly one.", sample.id))
+        found.add("refused", f"{text}exactly one.", sample.id)
     elif tokenizer is not None:
         length = len(tokenizer(sample.text)["input_ids"])
         found.lengths.append(length)
         if length > found.limit:
             text = f"the caption of sample '{sample.id}' has {length} tokens; the text tower reads "
-            found.findings.append(Finding("cut", f"{text}{found.limit}.", sample.id))
+            found.add("cut", f"{text}{found.limit}.", sample.id)
 
 
 def runs(encoded: Encoded) -> Iterator[tuple[str, list[int]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from triptych.data.rows import RowPlan
 from triptych.types import Batch, Term
@@ -33,6 +33,11 @@ class Objective(nn.Module):
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         raise NotImplementedError
+
+
+def shares(terms: dict[str, Term], counts: dict[str, int]) -> dict[str, Tensor]:
+    """Each term as it enters the loss: weight x sum / count over the whole effective batch."""
+    return {name: t.weight * t.sum / max(1, counts[name]) for name, t in terms.items()}
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

@@ -10,27 +10,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from triptych.options import run_tool
 from triptych.types import TriptychError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 with one sentence if something is missing."""
+    return run_tool(_run, __doc__, argv)
+
+
+def _run(words: Sequence[str]) -> int:
     from triptych.evaluation.card.write import rows_of, write_card
 
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if words else 2
-    try:
-        options = dict(w.split("=", 1) for w in words if w.startswith(("before=", "out=")))
-        folders = [Path(w) for w in words if not w.startswith(("before=", "out="))]
-        if not folders:
-            raise TriptychError("name one or more run directories.")
-        before = Path(options["before"]) if "before" in options else None
-        files = write_card(rows_of(folders, before), Path(options.get("out", "card")))
-    except TriptychError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    options = dict(w.split("=", 1) for w in words if w.startswith(("before=", "out=")))
+    folders = [Path(w) for w in words if not w.startswith(("before=", "out="))]
+    if not folders:
+        raise TriptychError("name one or more run directories.")
+    before = Path(options["before"]) if "before" in options else None
+    files = write_card(rows_of(folders, before), Path(options.get("out", "card")))
     print("\n".join(map(str, files)))
     return 0
 

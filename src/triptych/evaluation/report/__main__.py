@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from triptych.options import read_options, whole_number
+from triptych.options import read_options, run_tool, whole_number
 from triptych.types import TriptychError
 
 OPTIONS = ("run", "images", "out", "prompts", "count", "failures", "max_new_tokens")
@@ -21,16 +21,11 @@ LEAST = 5  # failure cases a report is to hold
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 with one sentence if something is missing."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if words else 2
-    try:
-        files = make(_options(words))
-    except TriptychError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print("\n".join(map(str, files)))
+    return run_tool(_run, __doc__, argv)
+
+
+def _run(words: Sequence[str]) -> int:
+    print("\n".join(map(str, make(_options(words)))))
     return 0
 
 
